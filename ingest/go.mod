@@ -1,0 +1,7 @@
+module github.com/usherhq/usher/ingest
+
+go 1.26.0
+
+require github.com/usherhq/usher/pkg v0.0.0
+
+replace github.com/usherhq/usher/pkg => ../pkg

@@ -1,0 +1,402 @@
+// Package config reads Usher's settings from the environment. Every process and every command uses
+// it, so a setting has one name, one default and one rule everywhere. It reports every wrong
+// setting at once, not just the first, and never prints a secret.
+package config
+
+import (
+	"cmp"
+	"context"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"net"
+	"net/url"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/sethvargo/go-envconfig"
+)
+
+// Settings are all settings. A field's env tag is its name and default, doc its meaning, secret:"true" keeps
+// it out of every output.
+type Settings struct {
+	WebhookSigningSecret Secrets `env:"CLERK_WEBHOOK_SIGNING_SECRET" secret:"true" doc:"signing secrets of the default source, comma-separated (rotation); ingest refuses to start without one"`
+	ClerkSecretKey       string  `env:"CLERK_SECRET_KEY" secret:"true" doc:"Backend API key of the default source"`
+	ClerkAPIURL          string  `env:"CLERK_API_URL, default=https://api.clerk.com/v1" doc:"base URL of Clerk's Backend API"`
+	ClerkInstanceID      string  `env:"CLERK_INSTANCE_ID" doc:"events of another Clerk instance are dead-lettered; unset: not checked"`
+	Source               string  `env:"USHER_SOURCE, default=clerk" doc:"name of the default source"`
+
+	DatabaseURL         string `env:"USHER_DATABASE_URL" secret:"url" doc:"postgres://… or sqlite:PATH (else DATABASE_URL, else sqlite:<data dir>/usher.db)"`
+	FallbackDatabaseURL string `env:"DATABASE_URL" secret:"url" doc:"used where USHER_DATABASE_URL is not set"`
+	DatabaseSchema      string `env:"USHER_DATABASE_SCHEMA, default=usher" doc:"PostgreSQL schema of all tables (search_path)"`
+
+	NATSURL        string        `env:"USHER_NATS_URL" secret:"url" doc:"the broker; dev and serve start their own where it is not set"`
+	NATSCreds      string        `env:"USHER_NATS_CREDS" doc:"credentials file for the broker"`
+	StreamReplicas int           `env:"USHER_STREAM_REPLICAS, default=1" doc:"replicas of the streams: 1, 3 or 5"`
+	StreamMaxBytes Bytes         `env:"USHER_STREAM_MAX_BYTES, default=10GiB" doc:"size at which the event stream is full and ingest answers 503"`
+	Retention      time.Duration `env:"USHER_RETENTION, default=720h" doc:"how long a settled event stays in the stream"`
+
+	DataDir     string `env:"USHER_DATA_DIR, default=./usher-data" doc:"state of dev and serve"`
+	IngestAddr  string `env:"USHER_INGEST_ADDR, default=:8080" doc:"listener for webhooks"`
+	ConsoleAddr string `env:"USHER_CONSOLE_ADDR, default=127.0.0.1:8081" doc:"listener of the console and its API"`
+	OpsAddr     string `env:"USHER_OPS_ADDR, default=127.0.0.1:8082" doc:"listener for /healthz, /readyz and /metrics"`
+	AdminToken  string `env:"USHER_ADMIN_TOKEN" secret:"true" doc:"token of the console and its API; without it the console binds to loopback only"`
+
+	SMTPURL         string `env:"USHER_SMTP_URL" secret:"url" doc:"mail server, smtp://user:password@host:port; unset: mail is kept as suppressed"`
+	MailFrom        string `env:"USHER_MAIL_FROM" doc:"sender of mail"`
+	SlackWebhookURL string `env:"USHER_SLACK_WEBHOOK_URL" secret:"true" doc:"Slack incoming webhook for alerts"`
+	AlertEmail      string `env:"USHER_ALERT_EMAIL" doc:"receiver of alerts"`
+
+	FraudMaxCountries       int           `env:"USHER_FRAUD_MAX_COUNTRIES, default=3" doc:"countries of one user's sessions within the window before an alert"`
+	FraudCountryWindow      time.Duration `env:"USHER_FRAUD_COUNTRY_WINDOW, default=24h" doc:"window of the country rule"`
+	FraudMaxSessions        int           `env:"USHER_FRAUD_MAX_SESSIONS, default=5" doc:"sessions of one user within the window before an alert"`
+	FraudSessionWindow      time.Duration `env:"USHER_FRAUD_SESSION_WINDOW, default=10m" doc:"window of the session rule"`
+	GeoIPDB                 string        `env:"USHER_GEOIP_DB" doc:"MaxMind country database; unset: the embedded table"`
+	OnboardingReminderAfter time.Duration `env:"USHER_ONBOARDING_REMINDER_AFTER, default=48h" doc:"age of an unfinished onboarding at which a reminder is sent"`
+
+	ReconcileInterval     time.Duration `env:"USHER_RECONCILE_INTERVAL, default=10m" doc:"time between incremental sweeps"`
+	ReconcileFullInterval time.Duration `env:"USHER_RECONCILE_FULL_INTERVAL, default=24h" doc:"time between full sweeps"`
+	SilenceAfter          time.Duration `env:"USHER_SILENCE_AFTER, default=15m" doc:"how long Clerk may move on without an event before an alert"`
+
+	AlertFailureRate float64       `env:"USHER_ALERT_FAILURE_RATE, default=0.05" doc:"share of failed attempts that raises an alert"`
+	AlertWindow      time.Duration `env:"USHER_ALERT_WINDOW, default=5m" doc:"window of the failure-rate alert"`
+	AlertMinEvents   int           `env:"USHER_ALERT_MIN_EVENTS, default=20" doc:"fewest events in the window for the alert"`
+
+	LogLevel  string `env:"USHER_LOG_LEVEL, default=info" doc:"debug, info, warn or error"`
+	LogFormat string `env:"USHER_LOG_FORMAT" doc:"json or console; unset: console on a terminal, else json"`
+
+	// Sources are the default source and those of USHER_SOURCE_<NAME>_…, by name.
+	Sources []Source
+
+	origins map[string]string
+}
+
+// Source is one Clerk instance that delivers to this Usher.
+type Source struct {
+	Name           string
+	SigningSecrets Secrets
+	SecretKey      string
+	InstanceID     string
+}
+
+// Secrets are signing secrets: "whsec_…", comma-separated. They print as "redacted".
+type Secrets []string
+
+// MinSecretBytes is the shortest signing key that is accepted. Svix makes 24 bytes; an empty key
+// would let anyone forge a valid signature.
+const MinSecretBytes = 16
+
+// EnvDecode implements envconfig.DecoderCtx's older form: it refuses every secret that is not safe.
+func (s *Secrets) EnvDecode(_ context.Context, value string) error {
+	*s = nil
+	for part := range strings.SplitSeq(value, ",") {
+		part = strings.TrimSpace(part)
+		if part == "" {
+			return errors.New("a signing secret is empty")
+		}
+		if strings.HasPrefix(part, "sk_") || strings.HasPrefix(part, "pk_") {
+			return errors.New("this is an API key, not a signing secret (whsec_…)")
+		}
+		key, err := base64.StdEncoding.DecodeString(strings.TrimPrefix(part, "whsec_"))
+		if err != nil {
+			return errors.New("a signing secret is not base64 after whsec_")
+		}
+		if len(key) < MinSecretBytes {
+			return fmt.Errorf("a signing secret has %d bytes, at least %d are needed", len(key), MinSecretBytes)
+		}
+		*s = append(*s, part)
+	}
+	return nil
+}
+
+// String hides the secrets.
+func (s Secrets) String() string {
+	if len(s) == 0 {
+		return ""
+	}
+	return "redacted"
+}
+
+// Bytes is a size: a number with an optional unit B, KB, MB, GB, TB, KiB, MiB, GiB or TiB.
+type Bytes int64
+
+var bytesRE = regexp.MustCompile(`^(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?$`)
+
+// EnvDecode implements envconfig.Decoder.
+func (b *Bytes) EnvDecode(_ context.Context, value string) error {
+	m := bytesRE.FindStringSubmatch(strings.TrimSpace(value))
+	if m == nil {
+		return fmt.Errorf("%q is not a size such as 512MiB or 10GiB", value)
+	}
+	f, err := strconv.ParseFloat(m[1], 64)
+	if err != nil {
+		return fmt.Errorf("%q is not a size: %w", value, err)
+	}
+	base := 1000.0
+	if strings.HasSuffix(m[2], "i") {
+		base = 1024
+	}
+	for range strings.Index(" KMGT", cmp.Or(strings.TrimSuffix(m[2], "i"), " ")) {
+		f *= base
+	}
+	*b = Bytes(f)
+	return nil
+}
+
+// String prints the size in the largest unit that divides it.
+func (b Bytes) String() string {
+	for i, unit := range []string{"TiB", "GiB", "MiB", "KiB"} {
+		if size := Bytes(1) << (40 - 10*i); b >= size && b%size == 0 {
+			return fmt.Sprintf("%d%s", b/size, unit)
+		}
+	}
+	return fmt.Sprintf("%dB", int64(b))
+}
+
+// Lookup is os.LookupEnv or a map for tests. An empty value counts as unset.
+type Lookup func(key string) (string, bool)
+
+// Problems are everything that is wrong with the settings.
+type Problems []string
+
+func (p Problems) Error() string { return "wrong settings:\n  " + strings.Join(p, "\n  ") }
+
+// Environ is what Load reads: a lookup, and the list of "KEY=value" to find further sources in.
+type Environ []string
+
+// Lookup finds a variable; the last one of a name counts.
+func (e Environ) Lookup(key string) (string, bool) {
+	for i := len(e) - 1; i >= 0; i-- {
+		if k, v, ok := strings.Cut(e[i], "="); ok && k == key {
+			return v, v != ""
+		}
+	}
+	return "", false
+}
+
+var sourceRE = regexp.MustCompile(`^USHER_SOURCE_([A-Z0-9_]+)_(SIGNING_SECRET|SECRET_KEY|INSTANCE_ID)=.`)
+var nameRE = regexp.MustCompile(`^[a-z0-9][a-z0-9_-]{0,63}$`)
+var schemaRE = regexp.MustCompile(`^[a-z_][a-z0-9_]{0,62}$`)
+
+// Load reads the settings from environ; flags, by setting name, override it. The error is Problems.
+func Load(environ Environ, flags map[string]string) (*Settings, error) {
+	s := &Settings{origins: map[string]string{}}
+	var problems Problems
+	// The library stops at its first error, so each setting is decoded by itself.
+	v := reflect.ValueOf(s).Elem()
+	for i := range v.NumField() {
+		field := v.Type().Field(i)
+		name, ok := settingName(field)
+		if !ok {
+			continue
+		}
+		lookup := func(key string) (string, bool) {
+			if value, ok := flags[key]; ok {
+				s.origins[key] = "flag"
+				return value, true
+			}
+			if value, ok := environ.Lookup(key); ok {
+				s.origins[key] = "environment"
+				return value, true
+			}
+			s.origins[key] = "default"
+			return "", false
+		}
+		one := reflect.New(reflect.StructOf([]reflect.StructField{{Name: field.Name, Type: field.Type, Tag: field.Tag}}))
+		err := envconfig.ProcessWith(context.Background(), &envconfig.Config{
+			Target: one.Interface(), Lookuper: lookuper(lookup), DefaultNoInit: true,
+		})
+		if err != nil {
+			problems = append(problems, fmt.Sprintf("%s: %s", name, strings.TrimPrefix(err.Error(), field.Name+": ")))
+			continue
+		}
+		v.Field(i).Set(one.Elem().Field(0))
+	}
+	if s.DatabaseURL == "" {
+		switch {
+		case s.FallbackDatabaseURL != "":
+			s.DatabaseURL, s.origins["USHER_DATABASE_URL"] = s.FallbackDatabaseURL, "DATABASE_URL"
+		default:
+			s.DatabaseURL = "sqlite:" + filepath.Join(s.DataDir, "usher.db")
+		}
+	}
+	problems = append(problems, s.loadSources(environ)...)
+	problems = append(problems, s.validate()...)
+	if len(problems) > 0 {
+		return nil, problems
+	}
+	return s, nil
+}
+
+type lookuper Lookup
+
+func (l lookuper) Lookup(key string) (string, bool) { return l(key) }
+
+func settingName(field reflect.StructField) (string, bool) {
+	tag, ok := field.Tag.Lookup("env")
+	name, _, _ := strings.Cut(tag, ",")
+	return strings.TrimSpace(name), ok
+}
+
+func (s *Settings) loadSources(environ Environ) Problems {
+	var problems Problems
+	byName := map[string]*Source{}
+	for _, entry := range environ {
+		m := sourceRE.FindStringSubmatch(entry)
+		if m == nil {
+			continue
+		}
+		name := strings.ToLower(m[1])
+		src := byName[name]
+		if src == nil {
+			src = &Source{Name: name}
+			byName[name] = src
+		}
+		key, value, _ := strings.Cut(entry, "=")
+		switch m[2] {
+		case "SIGNING_SECRET":
+			if err := src.SigningSecrets.EnvDecode(context.Background(), value); err != nil {
+				problems = append(problems, fmt.Sprintf("%s: %v", key, err))
+			}
+		case "SECRET_KEY":
+			src.SecretKey = value
+		case "INSTANCE_ID":
+			src.InstanceID = value
+		}
+	}
+	def := Source{Name: s.Source, SigningSecrets: s.WebhookSigningSecret, SecretKey: s.ClerkSecretKey, InstanceID: s.ClerkInstanceID}
+	if _, taken := byName[s.Source]; taken {
+		problems = append(problems, fmt.Sprintf("USHER_SOURCE_%s_…: %q is the default source: set CLERK_WEBHOOK_SIGNING_SECRET instead", strings.ToUpper(s.Source), s.Source))
+	}
+	s.Sources = []Source{def}
+	for _, src := range byName {
+		s.Sources = append(s.Sources, *src)
+	}
+	slices.SortFunc(s.Sources[1:], func(a, b Source) int { return strings.Compare(a.Name, b.Name) })
+	return problems
+}
+
+func (s *Settings) validate() Problems {
+	var problems Problems
+	bad := func(name, format string, args ...any) {
+		problems = append(problems, name+": "+fmt.Sprintf(format, args...))
+	}
+	if !nameRE.MatchString(s.Source) {
+		bad("USHER_SOURCE", "%q is not a name of small letters, digits, - and _", s.Source)
+	}
+	if !schemaRE.MatchString(s.DatabaseSchema) {
+		bad("USHER_DATABASE_SCHEMA", "%q is not a name of small letters, digits and _", s.DatabaseSchema)
+	}
+	for name, value := range map[string]string{"CLERK_API_URL": s.ClerkAPIURL, "USHER_SLACK_WEBHOOK_URL": s.SlackWebhookURL} {
+		if u, err := url.Parse(value); value != "" && (err != nil || u.Host == "" || !strings.HasPrefix(u.Scheme, "http")) {
+			bad(name, "not an http(s) URL")
+		}
+	}
+	if !strings.HasPrefix(s.DatabaseURL, "postgres://") && !strings.HasPrefix(s.DatabaseURL, "postgresql://") &&
+		(!strings.HasPrefix(s.DatabaseURL, "sqlite:") || s.DatabaseURL == "sqlite:") {
+		bad("USHER_DATABASE_URL", "want postgres://… or sqlite:PATH")
+	}
+	if !slices.Contains([]int{1, 3, 5}, s.StreamReplicas) {
+		bad("USHER_STREAM_REPLICAS", "%d is not 1, 3 or 5", s.StreamReplicas)
+	}
+	if s.StreamMaxBytes < 1<<20 {
+		bad("USHER_STREAM_MAX_BYTES", "%s is below 1MiB", s.StreamMaxBytes)
+	}
+	for name, d := range map[string]time.Duration{
+		"USHER_RETENTION": s.Retention, "USHER_FRAUD_COUNTRY_WINDOW": s.FraudCountryWindow,
+		"USHER_FRAUD_SESSION_WINDOW": s.FraudSessionWindow, "USHER_ONBOARDING_REMINDER_AFTER": s.OnboardingReminderAfter,
+		"USHER_RECONCILE_INTERVAL": s.ReconcileInterval, "USHER_RECONCILE_FULL_INTERVAL": s.ReconcileFullInterval,
+		"USHER_SILENCE_AFTER": s.SilenceAfter, "USHER_ALERT_WINDOW": s.AlertWindow,
+	} {
+		if d <= 0 {
+			bad(name, "%s is not above zero", d)
+		}
+	}
+	if s.AlertFailureRate <= 0 || s.AlertFailureRate > 1 {
+		bad("USHER_ALERT_FAILURE_RATE", "%v is not between 0 and 1", s.AlertFailureRate)
+	}
+	for name, addr := range map[string]string{"USHER_INGEST_ADDR": s.IngestAddr, "USHER_CONSOLE_ADDR": s.ConsoleAddr, "USHER_OPS_ADDR": s.OpsAddr} {
+		if _, port, err := net.SplitHostPort(addr); err != nil {
+			bad(name, "%q is not host:port", addr)
+		} else if n, err := strconv.Atoi(port); err != nil || n < 0 || n > 65535 {
+			bad(name, "%q has no port between 0 and 65535", addr)
+		}
+	}
+	if s.AdminToken == "" && !IsLoopback(s.ConsoleAddr) {
+		bad("USHER_CONSOLE_ADDR", "%q is not a loopback address and USHER_ADMIN_TOKEN is not set: set the token, or bind to 127.0.0.1", s.ConsoleAddr)
+	}
+	if !slices.Contains([]string{"debug", "info", "warn", "error"}, s.LogLevel) {
+		bad("USHER_LOG_LEVEL", "%q is not debug, info, warn or error", s.LogLevel)
+	}
+	if !slices.Contains([]string{"", "json", "console"}, s.LogFormat) {
+		bad("USHER_LOG_FORMAT", "%q is not json or console", s.LogFormat)
+	}
+	slices.Sort(problems)
+	return problems
+}
+
+// IsLoopback tells whether a listener address is reachable from this machine only.
+func IsLoopback(addr string) bool {
+	host, _, err := net.SplitHostPort(addr)
+	if err != nil {
+		return false
+	}
+	ip := net.ParseIP(host)
+	return host == "localhost" || ip != nil && ip.IsLoopback()
+}
+
+// Setting is one effective setting, as `usher config` prints it.
+type Setting struct {
+	Name    string `json:"name"`
+	Value   string `json:"value"` // masked where it is secret
+	Origin  string `json:"origin"` // default, environment, flag, DATABASE_URL
+	Default string `json:"default"`
+	Doc     string `json:"doc"`
+}
+
+// List returns every setting in the order of Settings, then the further sources.
+func (s *Settings) List() []Setting {
+	var list []Setting
+	v := reflect.ValueOf(*s)
+	for i := range v.NumField() {
+		field := v.Type().Field(i)
+		name, ok := settingName(field)
+		if !ok {
+			continue
+		}
+		_, def, _ := strings.Cut(field.Tag.Get("env"), "default=")
+		list = append(list, Setting{
+			Name: name, Value: mask(fmt.Sprint(v.Field(i).Interface()), field.Tag.Get("secret")),
+			Origin: s.origins[name], Default: def, Doc: field.Tag.Get("doc"),
+		})
+	}
+	for _, src := range s.Sources[1:] {
+		prefix := "USHER_SOURCE_" + strings.ToUpper(src.Name) + "_"
+		list = append(list,
+			Setting{Name: prefix + "SIGNING_SECRET", Value: src.SigningSecrets.String(), Origin: "environment", Doc: "signing secrets of source " + src.Name},
+			Setting{Name: prefix + "SECRET_KEY", Value: mask(src.SecretKey, "true"), Origin: "environment", Doc: "Backend API key of source " + src.Name},
+			Setting{Name: prefix + "INSTANCE_ID", Value: src.InstanceID, Origin: "environment", Doc: "Clerk instance of source " + src.Name})
+	}
+	return list
+}
+
+// mask hides a secret; of a URL only the password.
+func mask(value, secret string) string {
+	switch {
+	case value == "" || secret == "":
+		return value
+	case secret == "url":
+		u, err := url.Parse(value)
+		if err != nil {
+			return "redacted"
+		}
+		return u.Redacted()
+	default:
+		return "redacted"
+	}
+}

@@ -1,0 +1,82 @@
+package config
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+const secret = "whsec_MTIzNDU2Nzg5MDEyMzQ1Njc4OTAxMjM0"
+
+func TestDefaults(t *testing.T) {
+	s, err := Load(nil, nil)
+	require.NoError(t, err)
+	assert.Equal(t, "sqlite:usher-data/usher.db", s.DatabaseURL)
+	assert.Equal(t, ":8080", s.IngestAddr)
+	assert.EqualValues(t, 10<<30, s.StreamMaxBytes)
+	assert.Equal(t, "720h0m0s", s.Retention.String())
+	assert.Equal(t, []Source{{Name: "clerk"}}, s.Sources)
+}
+
+func TestEveryProblemIsReported(t *testing.T) {
+	_, err := Load(Environ{
+		"USHER_RETENTION=soon", "USHER_STREAM_REPLICAS=2", "USHER_LOG_LEVEL=loud", "USHER_DATABASE_URL=mysql://x",
+		"CLERK_WEBHOOK_SIGNING_SECRET=sk_test_abc", "USHER_CONSOLE_ADDR=0.0.0.0:1", "USHER_SOURCE_EU_SIGNING_SECRET=whsec_",
+	}, nil)
+	require.Error(t, err)
+	for _, name := range []string{"USHER_RETENTION", "USHER_STREAM_REPLICAS", "USHER_LOG_LEVEL", "USHER_DATABASE_URL",
+		"CLERK_WEBHOOK_SIGNING_SECRET", "USHER_CONSOLE_ADDR", "USHER_SOURCE_EU_SIGNING_SECRET"} {
+		assert.Contains(t, err.Error(), name)
+	}
+	assert.NotContains(t, err.Error(), "sk_test_abc")
+}
+
+func TestSigningSecrets(t *testing.T) {
+	for _, bad := range []string{"whsec_", "whsec_YWJj\n", "whsec_not base64", "sk_test_abc", secret + ",", ",", " "} {
+		_, err := Load(Environ{"CLERK_WEBHOOK_SIGNING_SECRET=" + bad}, nil)
+		require.Error(t, err, "%q", bad)
+	}
+	for _, good := range []string{secret, " " + secret + "\n", strings.TrimPrefix(secret, "whsec_"), secret + ", " + secret} {
+		_, err := Load(Environ{"CLERK_WEBHOOK_SIGNING_SECRET=" + good}, nil)
+		require.NoError(t, err, "%q", good)
+	}
+}
+
+func TestSources(t *testing.T) {
+	s, err := Load(Environ{"USHER_SOURCE_EU_PROD_SIGNING_SECRET=" + secret, "USHER_SOURCE_EU_PROD_INSTANCE_ID=ins_1", "USHER_SOURCE=main"}, nil)
+	require.NoError(t, err)
+	require.Len(t, s.Sources, 2)
+	assert.Equal(t, "main", s.Sources[0].Name)
+	assert.Equal(t, Source{Name: "eu_prod", SigningSecrets: Secrets{secret}, InstanceID: "ins_1"}, s.Sources[1])
+}
+
+func TestOriginsAndMasks(t *testing.T) {
+	s, err := Load(Environ{
+		"DATABASE_URL=postgres://u:hush@h/db", "CLERK_WEBHOOK_SIGNING_SECRET=" + secret, "USHER_ADMIN_TOKEN=hush",
+		"USHER_SOURCE_EU_SIGNING_SECRET=" + secret, "USHER_LOG_LEVEL=debug",
+	}, map[string]string{"USHER_LOG_LEVEL": "warn"})
+	require.NoError(t, err)
+	byName := map[string]Setting{}
+	for _, setting := range s.List() {
+		byName[setting.Name] = setting
+		assert.NotContains(t, setting.Value, "hush")
+		assert.NotContains(t, setting.Value, "MTIz")
+		assert.NotEmpty(t, setting.Doc, setting.Name)
+	}
+	assert.Equal(t, "DATABASE_URL", byName["USHER_DATABASE_URL"].Origin)
+	assert.Equal(t, "warn", byName["USHER_LOG_LEVEL"].Value)
+	assert.Equal(t, "flag", byName["USHER_LOG_LEVEL"].Origin)
+	assert.Equal(t, "default", byName["USHER_RETENTION"].Origin)
+}
+
+func TestBytes(t *testing.T) {
+	for in, want := range map[string]string{"10GiB": "10GiB", "1024": "1KiB", "1MB": "1000000B", "1.5GiB": "1536MiB", "512 MiB": "512MiB", "7B": "7B"} {
+		var b Bytes
+		require.NoError(t, b.EnvDecode(t.Context(), in))
+		assert.Equal(t, want, b.String(), in)
+	}
+	var b Bytes
+	require.Error(t, b.EnvDecode(t.Context(), "ten"))
+}

@@ -1,0 +1,127 @@
+// Package natstest starts real NATS servers for tests. Only tests import it.
+package natstest
+
+import (
+	"context"
+	"net"
+	"os"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+	"go.uber.org/zap"
+
+	"github.com/usherhq/usher/pkg/stream"
+)
+
+// Server is an embedded nats-server with JetStream on a folder of its own. It listens on a random loopback
+// port, which it keeps over Stop and Start.
+type Server struct {
+	t    testing.TB
+	opts server.Options
+	srv  *server.Server
+}
+
+// Option changes the server's options before it starts.
+type Option func(*server.Options)
+
+// WithSync makes every publish ack mean "on disk" (sync_interval: always), as in production.
+func WithSync(o *server.Options) { o.SyncAlways = true }
+
+// New starts a server that stops with the test.
+func New(t testing.TB, options ...Option) *Server {
+	t.Helper()
+	s := &Server{t: t, opts: server.Options{
+		ServerName: "natstest", Host: "127.0.0.1", Port: server.RANDOM_PORT,
+		JetStream: true, StoreDir: storeDir(t), JetStreamMaxStore: 8 << 30, JetStreamMaxMemory: 64 << 20,
+		MaxPayload: 2 << 20, NoSigs: true, NoLog: true,
+	}}
+	for _, o := range options {
+		o(&s.opts)
+	}
+	s.Start()
+	t.Cleanup(s.Stop)
+	return s
+}
+
+// storeDir is a folder that a server may still write to while it is removed.
+func storeDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "natstest-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	return dir
+}
+
+// Start starts the server again on the same folder and port.
+func (s *Server) Start() {
+	s.t.Helper()
+	opts := s.opts
+	srv, err := server.NewServer(&opts)
+	if err != nil {
+		s.t.Fatalf("start nats-server: %v", err)
+	}
+	srv.Start()
+	if !srv.ReadyForConnections(15 * time.Second) {
+		s.t.Fatal("nats-server is not ready after 15 s")
+	}
+	s.srv = srv
+	s.opts.Port = opts.Port
+	if addr := srv.Addr(); addr != nil {
+		s.opts.Port = portOf(addr)
+	}
+}
+
+// Stop stops the server and keeps its folder. It may be called twice.
+func (s *Server) Stop() {
+	if s.srv != nil {
+		s.srv.Shutdown()
+		s.srv.WaitForShutdown()
+		s.srv = nil
+	}
+}
+
+// URL is where the server listens.
+func (s *Server) URL() string { return s.srv.ClientURL() }
+
+// Server is the running server itself, for its counters.
+func (s *Server) Server() *server.Server { return s.srv }
+
+// Connect opens a connection with the options of Usher's services. It closes with the test.
+func (s *Server) Connect(opts ...nats.Option) (*nats.Conn, jetstream.JetStream) {
+	s.t.Helper()
+	nc, err := stream.Connect(s.URL(), "", "test", zap.NewNop(), opts...)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(nc.Close)
+	js, err := stream.JetStream(nc)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return nc, js
+}
+
+// Setup connects and creates the streams of a small topology with consumers for the handlers.
+func (s *Server) Setup(handlers ...stream.HandlerSpec) (*nats.Conn, jetstream.JetStream) {
+	s.t.Helper()
+	nc, js := s.Connect()
+	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Second)
+	defer cancel()
+	if _, err := (stream.Topology{Replicas: 1, MaxBytes: 1 << 30, Handlers: handlers}).Ensure(ctx, js); err != nil {
+		s.t.Fatal(err)
+	}
+	return nc, js
+}
+
+func portOf(addr net.Addr) int {
+	tcp, ok := addr.(*net.TCPAddr)
+	if !ok {
+		return server.RANDOM_PORT
+	}
+	return tcp.Port
+}

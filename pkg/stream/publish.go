@@ -1,0 +1,320 @@
+package stream
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/synadia-io/orbit.go/jetstreamext"
+
+	"github.com/usherhq/usher/pkg/event"
+)
+
+// Errors of a publish. Whatever is not one of these is wrapped in ErrUnavailable: the event may or
+// may not be stored, and publishing it again is safe.
+var (
+	ErrUnavailable = errors.New("broker is unavailable")
+	ErrFull        = errors.New("stream is full")
+	ErrTooLarge    = errors.New("event is larger than the broker takes")
+	ErrClosed      = errors.New("publisher is closed")
+)
+
+// Bounds of one group commit. From minBatch events on, one atomic batch (a fixed number of fsyncs) is
+// cheaper than one fsync an event; the break-even was measured at about 12 (docs/performance.md).
+const (
+	minBatch      = 12
+	maxBatch      = 500
+	maxBatchBytes = 4 << 20
+	queueSize     = 4096
+)
+
+// Ack says that an event is on disk.
+type Ack struct {
+	Duplicate bool // it already was
+}
+
+// Publisher stores events so that its answer means "on disk" (where the broker syncs always).
+//
+// On one replica it commits in groups: whatever queued while the last commit ran goes out as one
+// atomic batch, without waiting for more. On several replicas the broker groups by itself and every
+// event is published plainly. It is safe for concurrent use.
+type Publisher struct {
+	js      jetstream.JetStream
+	grouped bool
+	queue   chan *item
+	recent  *recent
+
+	closing chan struct{}
+	once    sync.Once
+	done    chan struct{}
+}
+
+type item struct {
+	ctx   context.Context //nolint:containedctx // a queued request carries its caller's deadline
+	event *event.Event
+	done  chan result
+}
+
+type result struct {
+	ack Ack
+	err error
+}
+
+// NewPublisher starts a publisher for a stream of so many replicas. Close stops it.
+func NewPublisher(js jetstream.JetStream, replicas int) *Publisher {
+	p := &Publisher{
+		js:      js,
+		grouped: replicas <= 1,
+		queue:   make(chan *item, queueSize),
+		recent:  newRecent(1<<15, 10*time.Minute),
+		closing: make(chan struct{}),
+		done:    make(chan struct{}),
+	}
+	if p.grouped {
+		go p.commitLoop()
+	} else {
+		close(p.done)
+	}
+	return p
+}
+
+// Publish stores one event and returns once it is durable, or with an error once ctx is done. After
+// an error that is not ErrFull or ErrTooLarge the event may still be stored; publishing it again with
+// the same id is safe. ctx should have a deadline.
+func (p *Publisher) Publish(ctx context.Context, e *event.Event) (Ack, error) {
+	if p.recent.has(e.ID) {
+		return Ack{Duplicate: true}, nil
+	}
+	if !p.grouped {
+		return p.publishOne(ctx, e)
+	}
+	it := &item{ctx: ctx, event: e, done: make(chan result, 1)}
+	select {
+	case <-p.closing:
+		return Ack{}, ErrClosed
+	default:
+	}
+	select {
+	case p.queue <- it:
+	case <-p.closing:
+		return Ack{}, ErrClosed
+	case <-ctx.Done():
+		return Ack{}, fmt.Errorf("publish %s: %w: %w", e.ID, ErrUnavailable, ctx.Err())
+	}
+	select {
+	case r := <-it.done:
+		return r.ack, r.err
+	case <-ctx.Done():
+		return Ack{}, fmt.Errorf("publish %s: %w: %w", e.ID, ErrUnavailable, ctx.Err())
+	case <-p.done:
+		select { // answered in the last moment?
+		case r := <-it.done:
+			return r.ack, r.err
+		default:
+			return Ack{}, ErrClosed
+		}
+	}
+}
+
+// Close commits what is queued, then refuses everything. It returns once every caller was answered.
+func (p *Publisher) Close() {
+	p.once.Do(func() { close(p.closing) })
+	<-p.done
+}
+
+func (p *Publisher) commitLoop() {
+	defer close(p.done)
+	for {
+		select {
+		case it := <-p.queue:
+			p.commit(p.collect(it))
+		case <-p.closing:
+			for {
+				select {
+				case it := <-p.queue:
+					p.commit(p.collect(it))
+				default:
+					return
+				}
+			}
+		}
+	}
+}
+
+// collect takes what is queued right now, without waiting for more.
+func (p *Publisher) collect(first *item) []*item {
+	group, size := []*item{first}, len(first.event.Raw)
+	for len(group) < maxBatch && size < maxBatchBytes {
+		select {
+		case it := <-p.queue:
+			group = append(group, it)
+			size += len(it.event.Raw)
+		default:
+			return group
+		}
+	}
+	return group
+}
+
+// commit stores one group and answers every item of it.
+func (p *Publisher) commit(group []*item) {
+	var todo []*item // one an id, in order
+	followers := map[string][]*item{}
+	for _, it := range group {
+		switch {
+		case it.ctx.Err() != nil: // its caller has gone: do not store for nobody
+			it.done <- result{err: fmt.Errorf("publish %s: %w: %w", it.event.ID, ErrUnavailable, it.ctx.Err())}
+		case p.recent.has(it.event.ID):
+			it.done <- result{ack: Ack{Duplicate: true}}
+		default:
+			if _, seen := followers[it.event.ID]; seen {
+				followers[it.event.ID] = append(followers[it.event.ID], it)
+				continue
+			}
+			followers[it.event.ID] = nil
+			todo = append(todo, it)
+		}
+	}
+	answer := func(it *item, r result) {
+		if r.err == nil {
+			p.recent.add(it.event.ID)
+		}
+		it.done <- r
+		for _, f := range followers[it.event.ID] {
+			if r.err == nil {
+				r.ack.Duplicate = true
+			}
+			f.done <- r
+		}
+	}
+	if len(todo) >= minBatch && p.commitBatch(todo) {
+		for _, it := range todo {
+			answer(it, result{})
+		}
+		return
+	}
+	p.commitEach(todo, answer)
+}
+
+// commitBatch stores all in one atomic batch; false means that it is not known to be stored, whatever the
+// reason (a duplicate inside, no room, a time-out), and that each must be published by itself.
+func (p *Publisher) commitBatch(items []*item) bool {
+	msgs := make([]*nats.Msg, len(items))
+	for i, it := range items {
+		msgs[i] = Message(it.event)
+	}
+	// Half the time of a publish: the callers still wait when the fallback runs.
+	ctx, cancel := context.WithTimeout(context.Background(), PublishTimeout/2)
+	defer cancel()
+	_, err := jetstreamext.PublishMsgBatch(ctx, p.js, msgs)
+	return err == nil
+}
+
+// commitEach publishes all at once, each by itself, and answers them as their acks come. Nats-Msg-Id makes
+// it safe for events that a failed batch stored after all.
+func (p *Publisher) commitEach(items []*item, answer func(*item, result)) {
+	futures := make([]jetstream.PubAckFuture, len(items))
+	for i, it := range items {
+		future, err := p.js.PublishMsgAsync(Message(it.event))
+		if err != nil {
+			answer(it, result{err: fmt.Errorf("publish %s: %w", it.event.ID, classify(err))})
+			continue
+		}
+		futures[i] = future
+	}
+	for i, it := range items {
+		if futures[i] == nil {
+			continue
+		}
+		select {
+		case ack := <-futures[i].Ok():
+			answer(it, result{ack: Ack{Duplicate: ack.Duplicate}})
+		case err := <-futures[i].Err(): // comes after PublishTimeout at the latest
+			answer(it, result{err: fmt.Errorf("publish %s: %w", it.event.ID, classify(err))})
+		}
+	}
+}
+
+// publishOne is for several replicas. A duplicate of an event that is still in flight is refused by
+// the broker (10158) until it is stored, which takes a moment.
+func (p *Publisher) publishOne(ctx context.Context, e *event.Event) (Ack, error) {
+	for wait := 20 * time.Millisecond; ; wait *= 2 {
+		ack, err := p.js.PublishMsg(ctx, Message(e))
+		if err == nil {
+			p.recent.add(e.ID)
+			return Ack{Duplicate: ack.Duplicate}, nil
+		}
+		var api *jetstream.APIError
+		if !errors.As(err, &api) || api.ErrorCode != errDuplicateInFlight {
+			return Ack{}, fmt.Errorf("publish %s: %w", e.ID, classify(err))
+		}
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+			return Ack{}, fmt.Errorf("publish %s: %w: %w", e.ID, ErrUnavailable, err)
+		}
+	}
+}
+
+// Error codes of the broker that the client library has no names for (nats-server server/errors.json).
+const (
+	errStoreFailed       jetstream.ErrorCode = 10077 // stream limit reached: "maximum bytes exceeded"
+	errNoResources       jetstream.ErrorCode = 10023 // the server's storage is used up
+	errMessageTooLarge   jetstream.ErrorCode = 10054
+	errDuplicateInFlight jetstream.ErrorCode = 10158
+)
+
+func classify(err error) error {
+	var api *jetstream.APIError
+	switch {
+	case errors.As(err, &api) && (api.ErrorCode == errStoreFailed || api.ErrorCode == errNoResources):
+		return fmt.Errorf("%w: %w", ErrFull, err)
+	case errors.As(err, &api) && api.ErrorCode == errMessageTooLarge, errors.Is(err, nats.ErrMaxPayload):
+		return fmt.Errorf("%w: %w", ErrTooLarge, err)
+	case errors.Is(err, jetstream.ErrNoStreamResponse):
+		return fmt.Errorf("%w: %w: %w", ErrUnavailable, ErrSetup, err)
+	default:
+		return fmt.Errorf("%w: %w", ErrUnavailable, err)
+	}
+}
+
+// recent remembers ids that this process stored a moment ago, so that the common duplicate (a sender's quick
+// retry) is answered without the broker and does not refuse the batch that it stands in. It holds at
+// least the last size ids, unless they are older than age.
+type recent struct {
+	mu       sync.Mutex
+	new, old map[string]struct{}
+	size     int
+	age      time.Duration
+	turned   time.Time
+}
+
+func newRecent(size int, age time.Duration) *recent {
+	return &recent{new: map[string]struct{}{}, old: map[string]struct{}{}, size: size, age: age, turned: time.Now()}
+}
+
+func (r *recent) has(id string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.turn()
+	_, isNew := r.new[id]
+	_, isOld := r.old[id]
+	return isNew || isOld
+}
+
+func (r *recent) add(id string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.turn()
+	r.new[id] = struct{}{}
+}
+
+func (r *recent) turn() {
+	if len(r.new) >= r.size || time.Since(r.turned) > r.age {
+		r.old, r.new, r.turned = r.new, map[string]struct{}{}, time.Now()
+	}
+}
