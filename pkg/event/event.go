@@ -70,6 +70,8 @@ type Event struct {
 	Seq uint64
 	// ReplayID is the publish id of a deliberate replay, empty for a first delivery.
 	ReplayID string
+	// TraceParent is the W3C trace context that the event came in with, empty for none.
+	TraceParent string
 
 	Object Object
 	Data   json.RawMessage // the object, as Clerk sent it

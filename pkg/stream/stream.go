@@ -95,6 +95,9 @@ func Message(e *event.Event) *nats.Msg {
 	msg.Header.Set(HeaderSource, e.Source)
 	msg.Header.Set(HeaderOrigin, string(e.Origin))
 	msg.Header.Set(HeaderReceivedAt, e.ReceivedAt.UTC().Format(time.RFC3339Nano))
+	if e.TraceParent != "" {
+		msg.Header.Set(HeaderTraceParent, e.TraceParent)
+	}
 	return msg
 }
 
@@ -118,6 +121,7 @@ func Parse(header nats.Header, body []byte, seq uint64) (event.Event, error) {
 		e.Origin = event.OriginWebhook
 	}
 	e.ReplayID = header.Get(HeaderReplayID)
+	e.TraceParent = header.Get(HeaderTraceParent)
 	e.Seq = seq
 	if at, perr := time.Parse(time.RFC3339Nano, header.Get(HeaderReceivedAt)); perr == nil {
 		e.ReceivedAt = at

@@ -1,0 +1,280 @@
+package ingest
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"net/http"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/usherhq/usher/pkg/event"
+	"github.com/usherhq/usher/pkg/stream"
+)
+
+// Path is where the default source delivers; a named one delivers below it.
+const Path = "/webhooks/clerk"
+
+// result is how a request ended: the label of the metric, the reason in the log and, where the request was
+// refused, the code in the answer.
+type result string
+
+// Results of an accepted event.
+const (
+	accepted    result = "accepted"
+	duplicate   result = "duplicate"   // it was stored before
+	undecodable result = "undecodable" // stored, but no event that Usher can read
+)
+
+// Results of a refused request.
+const (
+	notFound          result = "not_found"
+	methodNotAllowed  result = "method_not_allowed"
+	unknownSource     result = "unknown_source"
+	shuttingDown      result = "shutting_down"
+	headerMissing     result = "header_missing"
+	headerMalformed   result = "header_malformed"
+	bodyTooLarge      result = "body_too_large"
+	bodyTimeout       result = "body_timeout"
+	badRequest        result = "bad_request"
+	outOfTolerance    result = "timestamp_out_of_tolerance"
+	signatureMismatch result = "signature_mismatch"
+	overloaded        result = "overloaded"
+	streamFull        result = "stream_full"
+	brokerUnavailable result = "broker_unavailable"
+)
+
+// refusal is the answer to a refused request.
+type refusal struct {
+	status     int
+	retryAfter int // seconds; every 503 has it
+	hangUp     bool
+	message    string
+}
+
+// refusals are all answers but 202. (What is not HTTP at all, or has more than 16 KiB of headers, is
+// refused by net/http with a plain 400 or 431; slow headers by closing the connection.)
+var refusals = map[result]refusal{
+	notFound:          {status: http.StatusNotFound, message: "nothing here; webhooks go to " + Path + " or " + Path + "/{source}"},
+	methodNotAllowed:  {status: http.StatusMethodNotAllowed, message: "only POST is allowed"},
+	unknownSource:     {status: http.StatusNotFound, message: "no source of this name has a signing secret"},
+	headerMissing:     {status: http.StatusBadRequest, message: "svix-id, svix-timestamp and svix-signature are required"},
+	headerMalformed:   {status: http.StatusBadRequest, message: "svix-id or svix-timestamp is malformed"},
+	badRequest:        {status: http.StatusBadRequest, hangUp: true, message: "the body ended before its announced length or is not encoded as announced"},
+	outOfTolerance:    {status: http.StatusUnauthorized, message: "the timestamp is more than five minutes from this server's clock"},
+	signatureMismatch: {status: http.StatusUnauthorized, message: "no signature matches a signing secret of this source"},
+	bodyTimeout:       {status: http.StatusRequestTimeout, hangUp: true, message: "the body took too long"},
+	bodyTooLarge:      {status: http.StatusRequestEntityTooLarge, hangUp: true, message: "the body is larger than this server takes"},
+	overloaded:        {status: http.StatusServiceUnavailable, retryAfter: 5, message: "too many requests at once; try again"},
+	streamFull:        {status: http.StatusServiceUnavailable, retryAfter: 60, message: "the event stream is full; try again later"},
+	brokerUnavailable: {status: http.StatusServiceUnavailable, retryAfter: 5, message: "the event could not be stored; try again"},
+	shuttingDown:      {status: http.StatusServiceUnavailable, retryAfter: 1, hangUp: true, message: "this server is stopping; try again"},
+}
+
+// ServeHTTP answers one delivery. A 202 means that the event is on disk.
+func (s *Service) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	start := time.Now()
+	e, res := s.receive(w, r)
+	if refused, ok := refusals[res]; ok {
+		refuse(w, res, refused)
+	} else {
+		writeJSON(w, http.StatusAccepted, struct {
+			ID        string `json:"id"`
+			Duplicate bool   `json:"duplicate"`
+		}{e.ID, res == duplicate})
+	}
+	s.metrics.requests[res].Inc()
+	s.metrics.duration.Observe(time.Since(start).Seconds())
+}
+
+// receive does the work of one request, in the order of the contract: method, source, headers, size,
+// timestamp, signature, broker. What costs most comes last, and nothing is stored before all of it.
+func (s *Service) receive(w http.ResponseWriter, r *http.Request) (event.Event, result) {
+	below, ok := strings.CutPrefix(r.URL.Path, Path)
+	name := strings.TrimPrefix(below, "/")
+	switch {
+	case !ok, below != "" && (name == "" || len(name) == len(below)), strings.Contains(name, "/"):
+		return event.Event{}, notFound
+	case r.Method != http.MethodPost:
+		return event.Event{}, methodNotAllowed
+	case name == "":
+		name = s.cfg.Sources[0].Name
+	}
+	source, ok := s.sources[name]
+	if !ok {
+		return event.Event{}, unknownSource
+	}
+	if s.stopping.Load() {
+		return event.Event{}, shuttingDown
+	}
+	headers, res := readHeaders(r.Header)
+	if res != "" {
+		return event.Event{}, s.refused(res, name)
+	}
+
+	s.metrics.inFlight.Inc()
+	defer s.metrics.inFlight.Dec()
+	room := reservation{budget: &s.bodyBytes, limit: s.cfg.MaxBodyBytesInFlight}
+	defer room.release()
+	body, res := s.readBody(w, r, &room)
+	if res != "" {
+		return event.Event{}, s.refused(res, name)
+	}
+	if !inTime(headers.seconds, s.deps.Now()) {
+		return event.Event{}, s.refused(outOfTolerance, name)
+	}
+	if !source.matches(headers, body) {
+		return event.Event{}, s.refused(signatureMismatch, name)
+	}
+
+	// From here on the request is known to be Clerk's: a stranger cannot take the places of its deliveries.
+	select {
+	case s.slots <- struct{}{}:
+		defer func() { <-s.slots }()
+	default:
+		return event.Event{}, s.refused(overloaded, name)
+	}
+	e := s.newEvent(headers, name, r.Header, body)
+	return e, s.publish(r.Context(), &e)
+}
+
+// newEvent makes an event of a verified body. A body that cannot be decoded becomes one without a type:
+// Svix would only repeat it for a day, while the worker keeps it as a dead letter.
+func (s *Service) newEvent(h signed, source string, header http.Header, body []byte) event.Event {
+	e, err := event.Decode(body)
+	if err != nil || len(e.Type) > maxID || !printable(string(e.Type)) {
+		e = event.Event{Raw: body}
+	}
+	e.ID, e.Source, e.Origin = h.id, source, event.OriginWebhook
+	e.ReceivedAt, e.TraceParent = s.deps.Now(), traceParent(header)
+	return e
+}
+
+// publish stores e and says how that ended. It goes on when the sender hangs up: stored is stored, and
+// the retry then is a duplicate.
+func (s *Service) publish(ctx context.Context, e *event.Event) result {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.cfg.PublishTimeout)
+	defer cancel()
+	ack, err := s.deps.Publisher.Publish(ctx, e)
+	s.broker.published(err)
+	log := s.log.With(zap.String("event_id", e.ID), zap.String("event_type", string(e.Type)), zap.String("source", e.Source))
+	if err != nil {
+		res := publishFailure(err)
+		log.Warn("event not stored", zap.String("reason", string(res)), zap.Error(err))
+		return res
+	}
+	switch {
+	case ack.Duplicate:
+		log.Debug("event was stored before")
+		return duplicate
+	case e.Type == "":
+		log.Warn("event cannot be decoded, stored for the dead letters")
+		return undecodable
+	default:
+		log.Debug("event stored")
+		return accepted
+	}
+}
+
+func publishFailure(err error) result {
+	switch {
+	case errors.Is(err, stream.ErrTooLarge):
+		return bodyTooLarge
+	case errors.Is(err, stream.ErrFull):
+		return streamFull
+	case errors.Is(err, stream.ErrClosed):
+		return shuttingDown
+	default:
+		return brokerUnavailable
+	}
+}
+
+// refused logs a refusal before the event's id is known to be true; so it is not logged.
+func (s *Service) refused(res result, source string) result {
+	s.log.Warn("request refused", zap.String("reason", string(res)), zap.String("source", source))
+	return res
+}
+
+// Sizes of a body's buffer: what is announced up to announced bytes is allocated at once, the rest as it comes.
+const (
+	announced = 64 << 10
+	firstRead = 8 << 10
+)
+
+// readBody reads the whole body, no more than the broker takes. The time limit is the server's ReadTimeout;
+// while the service stops, it is cut short so that the sender still gets its answer.
+func (s *Service) readBody(w http.ResponseWriter, r *http.Request, room *reservation) ([]byte, result) {
+	limit := s.maxBody()
+	if r.ContentLength > limit {
+		return nil, bodyTooLarge
+	}
+	defer s.slow.add(http.NewResponseController(w))()
+	size, last := int64(firstRead), limit+1
+	if r.ContentLength >= 0 {
+		size, last = min(r.ContentLength, announced), r.ContentLength
+	}
+	if !room.grow(size) {
+		return nil, overloaded
+	}
+	buf := make([]byte, 0, size)
+	for int64(len(buf)) < last {
+		if len(buf) == cap(buf) {
+			size = min(2*size, last)
+			if !room.grow(size) {
+				return nil, overloaded
+			}
+			buf = append(make([]byte, 0, size), buf...)
+		}
+		n, err := r.Body.Read(buf[len(buf):cap(buf)])
+		buf = buf[:len(buf)+n]
+		switch {
+		case int64(len(buf)) > limit:
+			return nil, bodyTooLarge
+		case errors.Is(err, io.EOF) && (r.ContentLength < 0 || int64(len(buf)) == r.ContentLength):
+			return buf, ""
+		case err == nil:
+		case errors.Is(err, os.ErrDeadlineExceeded) && s.stopping.Load():
+			return nil, shuttingDown
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			return nil, bodyTimeout
+		default:
+			return nil, badRequest
+		}
+	}
+	return buf, ""
+}
+
+func refuse(w http.ResponseWriter, code result, r refusal) {
+	h := w.Header()
+	if r.retryAfter > 0 {
+		h.Set("Retry-After", strconv.Itoa(r.retryAfter))
+	}
+	if r.hangUp {
+		h.Set("Connection", "close")
+	}
+	if r.status == http.StatusMethodNotAllowed {
+		h.Set("Allow", http.MethodPost)
+	}
+	type problem struct {
+		Code    result `json:"code"`
+		Message string `json:"message"`
+	}
+	writeJSON(w, r.status, struct {
+		Error problem `json:"error"`
+	}{problem{code, r.message}})
+}
+
+func writeJSON(w http.ResponseWriter, status int, body any) {
+	b, err := json.Marshal(body)
+	if err != nil {
+		panic(err) // strings and a bool
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	_, _ = w.Write(append(b, '\n'))
+}
