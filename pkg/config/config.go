@@ -353,10 +353,11 @@ func IsLoopback(addr string) bool {
 // Setting is one effective setting, as `usher config` prints it.
 type Setting struct {
 	Name    string `json:"name"`
-	Value   string `json:"value"` // masked where it is secret
+	Value   string `json:"value"`  // masked where it is secret
 	Origin  string `json:"origin"` // default, environment, flag, DATABASE_URL
 	Default string `json:"default"`
 	Doc     string `json:"doc"`
+	Secret  bool   `json:"secret,omitempty"`
 }
 
 // List returns every setting in the order of Settings, then the further sources.
@@ -372,7 +373,7 @@ func (s *Settings) List() []Setting {
 		_, def, _ := strings.Cut(field.Tag.Get("env"), "default=")
 		list = append(list, Setting{
 			Name: name, Value: mask(fmt.Sprint(v.Field(i).Interface()), field.Tag.Get("secret")),
-			Origin: s.origins[name], Default: def, Doc: field.Tag.Get("doc"),
+			Origin: s.origins[name], Default: def, Doc: field.Tag.Get("doc"), Secret: field.Tag.Get("secret") != "",
 		})
 	}
 	for _, src := range s.Sources[1:] {
@@ -384,6 +385,9 @@ func (s *Settings) List() []Setting {
 	}
 	return list
 }
+
+// Origin says where the value of a setting comes from: default, environment, flag, or DATABASE_URL.
+func (s *Settings) Origin(name string) string { return s.origins[name] }
 
 // mask hides a secret; of a URL only the password.
 func mask(value, secret string) string {
@@ -399,4 +403,21 @@ func mask(value, secret string) string {
 	default:
 		return "redacted"
 	}
+}
+
+// Describe lists every setting with its default and meaning, as documentation and flags need it. Value and
+// Origin are empty.
+func Describe() []Setting {
+	var list []Setting
+	t := reflect.TypeFor[Settings]()
+	for i := range t.NumField() {
+		field := t.Field(i)
+		name, ok := settingName(field)
+		if !ok {
+			continue
+		}
+		_, def, _ := strings.Cut(field.Tag.Get("env"), "default=")
+		list = append(list, Setting{Name: name, Default: def, Doc: field.Tag.Get("doc"), Secret: field.Tag.Get("secret") != ""})
+	}
+	return list
 }

@@ -1,0 +1,269 @@
+// Package allinone runs the whole of Usher in one process: an embedded broker, the database, and
+// the same services that run as processes of their own elsewhere. It is `usher dev`, `usher serve` and
+// the end-to-end fixture, so the demo cannot rot.
+package allinone
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/zap"
+	"gorm.io/gorm"
+
+	"github.com/usherhq/usher/console"
+	"github.com/usherhq/usher/ingest"
+	"github.com/usherhq/usher/pkg/config"
+	"github.com/usherhq/usher/pkg/database"
+	"github.com/usherhq/usher/pkg/lifecycle"
+	"github.com/usherhq/usher/pkg/observe"
+	"github.com/usherhq/usher/pkg/stream"
+	"github.com/usherhq/usher/reconciler"
+	"github.com/usherhq/usher/worker"
+)
+
+// Config says what to run.
+type Config struct {
+	Settings *config.Settings
+	Mode     string // dev or serve
+	// Dir holds the embedded broker and, by default, the database; it lies within the data folder, where
+	// usher.json is.
+	Dir string
+	// Ephemeral: Dir is emptied before the start and removed at the end.
+	Ephemeral bool
+	// SigningSecret is written to the state file, for `usher trigger`: only for a secret that dev made up.
+	SigningSecret string
+	Log           *zap.Logger
+}
+
+// Instance is a running Usher.
+type Instance struct {
+	State    State
+	DB       *gorm.DB
+	JS       jetstream.JetStream
+	Health   *observe.Health
+	Registry *prometheus.Registry
+
+	cfg      Config
+	services []lifecycle.Service
+	closers  lifecycle.Closers
+}
+
+// New opens everything in the order of need: data folder, broker, streams, database, migrations,
+// listeners. What was opened is closed again when a later step fails. Run does the work; Close must follow.
+func New(ctx context.Context, cfg Config) (_ *Instance, err error) {
+	i := &Instance{cfg: cfg, Registry: observe.NewRegistry(), Health: &observe.Health{}}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, i.Close())
+		}
+	}()
+	s, log := cfg.Settings, cfg.Log
+	if err := i.takeDataDir(); err != nil {
+		return nil, err
+	}
+	b, err := i.broker()
+	if err != nil {
+		return nil, err
+	}
+	topology := stream.Topology{Replicas: s.StreamReplicas, MaxBytes: int64(s.StreamMaxBytes), Handlers: worker.Specs()}
+	if i.JS, err = i.connect(b, "setup"); err != nil {
+		return nil, err
+	}
+	if i.DB, err = database.Open(ctx, s.DatabaseURL, s.DatabaseSchema); err != nil {
+		return nil, err //nolint:wrapcheck // says what it did
+	}
+	i.closers.Add(func() error { return database.Close(i.DB) })
+	report, err := Setup(ctx, i.DB, i.JS, topology, false)
+	if err != nil {
+		return nil, err
+	}
+	for _, d := range report.Streams.Differences {
+		log.Warn("not as configured, and left as it is", zap.String("object", d.Object), zap.String("field", d.Field), zap.String("have", d.Have), zap.String("want", d.Want))
+	}
+	if err := i.open(b); err != nil {
+		return nil, err
+	}
+	i.State.PID, i.State.Mode, i.State.StartedAt = os.Getpid(), cfg.Mode, time.Now().UTC()
+	i.State.NATSURL, i.State.DatabaseURL, i.State.DatabaseSchema = b.url, absoluteDatabase(s.DatabaseURL), s.DatabaseSchema
+	i.State.SigningSecret = cfg.SigningSecret
+	if err := i.State.write(s.DataDir); err != nil {
+		return nil, err
+	}
+	i.closers.Add(func() error { return os.Remove(statePath(s.DataDir)) })
+	return i, nil
+}
+
+// takeDataDir makes the data folder, which only its owner can read, and locks it.
+func (i *Instance) takeDataDir() error {
+	dir := i.cfg.Settings.DataDir
+	_, statErr := os.Stat(dir)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("make data folder: %w", err)
+	}
+	held, err := lock(dir)
+	if err != nil {
+		return err
+	}
+	i.closers.Add(func() error {
+		err := errors.Join(os.Remove(held.Path()), held.Unlock())
+		if statErr != nil && i.cfg.Mode == "dev" { // dev leaves nothing behind that it made, if nothing is in it
+			_ = os.Remove(dir)
+		}
+		return err
+	})
+	if i.cfg.Ephemeral { // also what a killed one left
+		if err := os.RemoveAll(i.cfg.Dir); err != nil {
+			return fmt.Errorf("empty data folder: %w", err)
+		}
+		i.closers.Add(func() error { return os.RemoveAll(i.cfg.Dir) })
+	}
+	if err := os.MkdirAll(i.cfg.Dir, 0o700); err != nil {
+		return fmt.Errorf("make data folder: %w", err)
+	}
+	return nil
+}
+
+// brokerAccess is how the services of this process reach the broker.
+type brokerAccess struct {
+	url, creds string
+	options    []nats.Option
+}
+
+// broker starts the embedded broker, unless the settings name one.
+func (i *Instance) broker() (brokerAccess, error) {
+	s := i.cfg.Settings
+	if s.NATSURL != "" {
+		return brokerAccess{url: s.NATSURL, creds: s.NATSCreds}, nil
+	}
+	password := rand.Text()
+	srv, err := startBroker(brokerConfig{
+		dir: filepath.Join(i.cfg.Dir, "nats"), password: password,
+		maxStore: int64(s.StreamMaxBytes) + int64(s.StreamMaxBytes)/4 + 64<<20, // both streams and some room
+	}, i.cfg.Log)
+	if err != nil {
+		return brokerAccess{}, err
+	}
+	i.closers.Add(func() error {
+		srv.Shutdown()
+		srv.WaitForShutdown()
+		return nil
+	})
+	url, err := brokerURL(srv, password)
+	return brokerAccess{url: url, options: inProcess(srv, password)}, err
+}
+
+// connect opens a connection of its own for a service, as it would have as a process of its own.
+func (i *Instance) connect(b brokerAccess, service string) (jetstream.JetStream, error) {
+	nc, err := stream.Connect(b.url, b.creds, service, i.cfg.Log.With(zap.String("service", service)), b.options...)
+	if err != nil {
+		return nil, err //nolint:wrapcheck // says what it did
+	}
+	i.closers.Add(func() error { nc.Close(); return nil })
+	return stream.JetStream(nc) //nolint:wrapcheck // says what it did
+}
+
+// open makes the services. Listeners open here, so a taken port is an error of New.
+func (i *Instance) open(b brokerAccess) error {
+	s, log := i.cfg.Settings, i.cfg.Log
+	ops, err := observe.NewOps(s.OpsAddr, i.Health, i.Registry)
+	if err != nil {
+		return err //nolint:wrapcheck // says what it did
+	}
+	ingestJS, err := i.connect(b, "ingest")
+	if err != nil {
+		return err
+	}
+	publisher := stream.NewPublisher(ingestJS, s.StreamReplicas)
+	i.closers.Add(func() error { publisher.Close(); return nil })
+	ingestConfig, err := ingest.ConfigFrom(s)
+	if err != nil {
+		return err //nolint:wrapcheck // says what it did
+	}
+	in, err := ingest.New(ingestConfig, ingest.Deps{Publisher: publisher, JetStream: ingestJS, Logger: log, Registerer: i.Registry, Health: i.Health})
+	if err != nil {
+		return err //nolint:wrapcheck // says what it did
+	}
+	i.closers.Add(func() error { _ = in.Close(); return nil }) // Run closes it too
+	workerJS, err := i.connect(b, "worker")
+	if err != nil {
+		return err
+	}
+	w, err := worker.New(worker.ConfigFrom(s), worker.Deps{JetStream: workerJS, DB: i.DB, Log: log, Registerer: i.Registry, Health: i.Health})
+	if err != nil {
+		return err //nolint:wrapcheck // says what it did
+	}
+	rec, err := reconciler.New(reconciler.Config{NATSURL: b.url, NATSCreds: b.creds, NATSOptions: b.options}, log, i.Health)
+	if err != nil {
+		return err //nolint:wrapcheck // says what it did
+	}
+	con, err := console.New(console.Config{
+		Addr: s.ConsoleAddr, AdminToken: s.AdminToken, NATSURL: b.url, NATSCreds: b.creds, NATSOptions: b.options,
+	}, log, i.Health)
+	if err != nil {
+		return err //nolint:wrapcheck // says what it did
+	}
+	i.services = []lifecycle.Service{ops, in, w, rec, con}
+	i.State.IngestURL = "http://" + reachable(in.Addr()) + "/webhooks/clerk"
+	i.State.OpsURL = "http://" + reachable(ops.Addr())
+	i.State.ConsoleURL = "http://" + reachable(con.Addr())
+	return nil
+}
+
+// Run works until ctx is done or a service fails.
+func (i *Instance) Run(ctx context.Context) error {
+	return lifecycle.Run(ctx, i.services...) //nolint:wrapcheck // says what it did
+}
+
+// Close closes everything and takes the state file away. It may be called twice.
+func (i *Instance) Close() error { return i.closers.Close() } //nolint:wrapcheck // joined errors of closers
+
+// WaitReady returns once every health check passes, or with what does not when ctx is done.
+func (i *Instance) WaitReady(ctx context.Context) error {
+	ticker := time.NewTicker(5 * time.Millisecond)
+	defer ticker.Stop()
+	for {
+		problems := i.Health.Problems()
+		if len(problems) == 0 {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("not ready: %v: %w", problems, ctx.Err())
+		case <-ticker.C:
+		}
+	}
+}
+
+// reachable turns a listener's address into one that a client on this machine can dial.
+func reachable(addr string) string {
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		return addr
+	}
+	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
+		host = "127.0.0.1"
+	}
+	return net.JoinHostPort(host, port)
+}
+
+// absoluteDatabase makes a SQLite path good for a command that is started elsewhere.
+func absoluteDatabase(url string) string {
+	path, ok := strings.CutPrefix(url, "sqlite:")
+	if !ok {
+		return url
+	}
+	if abs, err := filepath.Abs(path); err == nil {
+		path = abs
+	}
+	return "sqlite:" + path
+}

@@ -1,0 +1,111 @@
+package allinone
+
+import (
+	"errors"
+	"fmt"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	"github.com/gofrs/flock"
+	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
+	"go.uber.org/zap"
+
+	"github.com/usherhq/usher/pkg/stream"
+)
+
+// brokerConfig is what the embedded broker needs.
+type brokerConfig struct {
+	dir      string
+	maxStore int64  // bytes of all streams
+	password string // of the user "usher"
+}
+
+const brokerUser = "usher"
+
+// startBroker starts a nats-server in this process. It syncs every commit to disk before it acks, and
+// listens on a random loopback port, with a password, for the commands of the same machine.
+func startBroker(cfg brokerConfig, log *zap.Logger) (*server.Server, error) {
+	opts := &server.Options{
+		ServerName: "usher-embedded", Host: "127.0.0.1", Port: server.RANDOM_PORT,
+		JetStream: true, StoreDir: cfg.dir, SyncAlways: true,
+		JetStreamMaxStore: cfg.maxStore, JetStreamMaxMemory: 64 << 20,
+		// The largest body that ingest takes must fit with its headers.
+		MaxPayload: 1<<20 + stream.HeaderRoom,
+		Username:   brokerUser, Password: cfg.password,
+		NoSigs: true,
+	}
+	srv, err := server.NewServer(opts)
+	if err != nil {
+		return nil, fmt.Errorf("start the embedded broker: %w", err)
+	}
+	srv.SetLoggerV2(brokerLog{log.Named("nats").Sugar()}, false, false, false)
+	srv.Start()
+	if !srv.ReadyForConnections(20 * time.Second) {
+		srv.Shutdown()
+		return nil, fmt.Errorf("the embedded broker is not ready after 20 s (folder %s)", cfg.dir)
+	}
+	return srv, nil
+}
+
+// brokerURL is how a command on this machine reaches the embedded broker.
+func brokerURL(srv *server.Server, password string) (string, error) {
+	u, err := url.Parse(srv.ClientURL())
+	if err != nil {
+		return "", fmt.Errorf("address of the embedded broker: %w", err)
+	}
+	u.User = url.UserPassword(brokerUser, password)
+	return u.String(), nil
+}
+
+// inProcess connects without the network.
+func inProcess(srv *server.Server, password string) []nats.Option {
+	return []nats.Option{nats.InProcessServer(srv), nats.UserInfo(brokerUser, password)}
+}
+
+// brokerLog hands the broker's warnings and errors to our log. Its notices are about its own start and stop.
+type brokerLog struct{ *zap.SugaredLogger }
+
+func (l brokerLog) Noticef(format string, v ...any) { l.Debugf(format, v...) }
+func (l brokerLog) Tracef(format string, v ...any)  { l.Debugf(format, v...) }
+
+// ErrLocked tells that another process uses the data folder.
+var ErrLocked = errors.New("data folder is in use")
+
+// lock takes the data folder for this process. The broker has no lock of its own: two on one folder would
+// destroy it.
+func lock(dataDir string) (*flock.Flock, error) {
+	l := flock.New(filepath.Join(dataDir, "usher.lock"), flock.SetPermissions(0o600))
+	held, err := l.TryLock()
+	if err != nil {
+		return nil, fmt.Errorf("lock data folder: %w", err)
+	}
+	if !held {
+		by := ""
+		if s, err := ReadState(dataDir); err == nil {
+			by = " by process " + strconv.Itoa(s.PID) + " (usher " + s.Mode + ")"
+		}
+		return nil, fmt.Errorf("%w%s: %s: stop it, or choose another with --data-dir", ErrLocked, by, dataDir)
+	}
+	return l, nil
+}
+
+// isLocked tells whether a process holds the data folder.
+func isLocked(dataDir string) (bool, error) {
+	path := filepath.Join(dataDir, "usher.lock")
+	if _, err := os.Stat(path); err != nil {
+		return false, nil //nolint:nilerr // no lock file, no holder
+	}
+	l := flock.New(path, flock.SetFlag(os.O_RDWR))
+	free, err := l.TryRLock()
+	if err != nil {
+		return false, fmt.Errorf("look at the lock: %w", err)
+	}
+	if free {
+		_ = l.Unlock()
+	}
+	return !free, nil
+}

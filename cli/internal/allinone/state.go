@@ -1,0 +1,73 @@
+package allinone
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+)
+
+// State is what a running dev or serve tells the commands of the same data folder, in
+// <data dir>/usher.json (mode 0600: it holds credentials).
+type State struct {
+	PID            int       `json:"pid"`
+	Mode           string    `json:"mode"` // dev or serve
+	StartedAt      time.Time `json:"started_at"`
+	NATSURL        string    `json:"nats_url"` // with user and password
+	DatabaseURL    string    `json:"database_url"`
+	DatabaseSchema string    `json:"database_schema"`
+	IngestURL      string    `json:"ingest_url"` // where to POST webhooks of the default source
+	ConsoleURL     string    `json:"console_url"`
+	OpsURL         string    `json:"ops_url"`
+	// SigningSecret is the secret that dev made up; serve writes none.
+	SigningSecret string `json:"signing_secret,omitempty"`
+}
+
+// ErrNotRunning tells that no dev or serve runs on a data folder.
+var ErrNotRunning = errors.New("no running `usher dev` or `usher serve` was found")
+
+func statePath(dataDir string) string { return filepath.Join(dataDir, "usher.json") }
+
+// ReadState finds the running instance of a data folder. The file of one that was killed is no instance.
+func ReadState(dataDir string) (State, error) {
+	var s State
+	body, err := os.ReadFile(statePath(dataDir))
+	if errors.Is(err, fs.ErrNotExist) {
+		return s, fmt.Errorf("%w in %s: start one, or set USHER_DATA_DIR, or USHER_NATS_URL and USHER_DATABASE_URL", ErrNotRunning, dataDir)
+	}
+	if err != nil {
+		return s, fmt.Errorf("read state: %w", err)
+	}
+	if err := json.Unmarshal(body, &s); err != nil {
+		return s, fmt.Errorf("read state %s: %w", statePath(dataDir), err)
+	}
+	if held, err := isLocked(dataDir); err == nil && !held {
+		return s, fmt.Errorf("%w in %s: process %d has ended without cleaning up", ErrNotRunning, dataDir, s.PID)
+	}
+	return s, nil
+}
+
+// write replaces the file in one step, so that a reader never sees half of it.
+func (s State) write(dataDir string) error {
+	body, err := json.MarshalIndent(s, "", "  ")
+	if err != nil {
+		return fmt.Errorf("write state: %w", err)
+	}
+	tmp, err := os.CreateTemp(dataDir, "usher.json.*") // created with mode 0600
+	if err != nil {
+		return fmt.Errorf("write state: %w", err)
+	}
+	_, err = tmp.Write(append(body, '\n'))
+	err = errors.Join(err, tmp.Close())
+	if err == nil {
+		err = os.Rename(tmp.Name(), statePath(dataDir))
+	}
+	if err != nil {
+		_ = os.Remove(tmp.Name())
+		return fmt.Errorf("write state: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,80 @@
+package command
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/base64"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/usherhq/usher/cli/internal/allinone"
+)
+
+type devOptions struct {
+	demo, exit bool
+	users      int
+	seed       uint64
+	output     output
+}
+
+func (c *cli) dev() *cobra.Command {
+	var o devOptions
+	cmd := &cobra.Command{
+		Use:   "dev",
+		Short: "Run everything in one process, to try and to develop, and leave nothing behind",
+		Long: "dev runs Usher with an embedded broker and a throw-away database (or USHER_DATABASE_URL, which it does keep), and\n" +
+			"makes up a signing secret where none is set. With --demo an offline Clerk tells a story of sign-ups, sessions,\n" +
+			"organizations and deletions with all event types, delivers 5% of the events twice and 10% out of order, and a\n" +
+			"ledger shows what became of every one.",
+		Example: "  usher dev\n  usher dev --demo\n  usher dev --demo --exit --output json\n  usher trigger user.created   # in another terminal",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if o.exit && !o.demo {
+				return fmt.Errorf("--exit needs --demo")
+			}
+			return c.runDev(cmd.Context(), o)
+		},
+	}
+	cmd.Flags().BoolVar(&o.demo, "demo", false, "let the emulator tell a story and print the ledger")
+	cmd.Flags().BoolVar(&o.exit, "exit", false, "stop after the demo; exit code 0 only when its ledger balances")
+	cmd.Flags().IntVar(&o.users, "users", 200, "users in the demo's story")
+	cmd.Flags().Uint64Var(&o.seed, "seed", 0, "seed of the demo's story; the same seed tells the same story (default: random)")
+	outputFlag(cmd, &o.output)
+	c.settingFlags(cmd, false)
+	return cmd
+}
+
+func (c *cli) runDev(ctx context.Context, o devOptions) (err error) {
+	start := time.Now()
+	key := make([]byte, 24)
+	_, _ = rand.Read(key)
+	settings, dir, made, err := c.devSettings("whsec_" + base64.StdEncoding.EncodeToString(key))
+	if err != nil {
+		return err
+	}
+	log, err := c.logger(settings)
+	if err != nil {
+		return err
+	}
+	info := c.env.Stdout
+	if o.output != outputTable {
+		info = c.env.Stderr
+	}
+	return c.run(ctx, allinone.Config{
+		Settings: settings, Mode: "dev", Dir: dir, Ephemeral: true, SigningSecret: made, Log: log,
+	}, func(ctx context.Context, i *allinone.Instance) error {
+		_, _ = fmt.Fprintf(info, "Usher is ready (%.1f s).\n\n", time.Since(start).Seconds())
+		banner(info, i, settings, made)
+		if o.demo {
+			if err := c.demo(ctx, i, settings, o, info); err != nil || o.exit {
+				return err
+			}
+		}
+		_, _ = fmt.Fprintf(info, "Try `usher trigger user.created` and `usher events list` in another terminal. Stop with Ctrl-C (process %d).\n", os.Getpid())
+		<-ctx.Done()
+		return nil
+	})
+}

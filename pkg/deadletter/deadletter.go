@@ -1,0 +1,109 @@
+// Package deadletter keeps the events that a handler could not apply, with everything that is
+// needed to understand and to replay them: the body and the headers as they were stored, and who
+// gave up, why, after how many attempts and when.
+//
+// A dead letter is durable before its original is given up, so an event is never in neither place.
+package deadletter
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"strconv"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/usherhq/usher/pkg/event"
+	"github.com/usherhq/usher/pkg/stream"
+)
+
+// Reason says in one word why an event could not be applied. The set is closed: it is a label of metrics.
+type Reason string
+
+// The reasons.
+const (
+	Undecodable   Reason = "undecodable"    // the body is not an event
+	WrongInstance Reason = "wrong_instance" // of a Clerk instance that is not the configured one
+	Rejected      Reason = "rejected"       // the handler said that it can never succeed
+	HandlerError  Reason = "handler_error"  // the handler failed at every attempt
+	Constraint    Reason = "constraint"     // the database refused the data at every attempt
+	Panic         Reason = "panic"          // the handler panicked at every attempt
+	Timeout       Reason = "timeout"        // the handler did not finish in time at every attempt
+)
+
+// Reasons lists the closed set.
+func Reasons() []Reason {
+	return []Reason{Undecodable, WrongInstance, Rejected, HandlerError, Constraint, Panic, Timeout}
+}
+
+// Headers that a dead letter has besides those of its event.
+const (
+	headerHandler       = "Usher-Handler"
+	headerReason        = "Usher-Reason"
+	headerError         = "Usher-Error"
+	headerAttempts      = "Usher-Attempts"
+	headerFirstFailedAt = "Usher-First-Failed-At"
+	headerLastFailedAt  = "Usher-Last-Failed-At"
+	headerSubject       = "Usher-Original-Subject"
+	headerSequence      = "Usher-Original-Sequence"
+)
+
+// maxError bounds the error text of a letter, in bytes.
+const maxError = 2048
+
+// Record is one dead letter.
+type Record struct {
+	Handler       string
+	Event         event.Event
+	Reason        Reason
+	Error         string
+	Attempts      int
+	FirstFailedAt time.Time
+	LastFailedAt  time.Time
+	Subject       string // of the original
+	Sequence      uint64 // of the original
+	Header        nats.Header
+}
+
+// Put stores a dead letter and returns once it is durable. Putting the same one again (after a crash
+// before its original was given up) stores nothing new within [stream.DedupeWindow].
+func Put(ctx context.Context, js jetstream.JetStream, r *Record) error {
+	msg := nats.NewMsg(stream.DeadLetterSubject(r.Handler, &r.Event))
+	msg.Data = r.Event.Raw
+	for key, values := range maps.All(r.Header) {
+		if !strings.HasPrefix(key, "Nats-") { // the broker's own, such as those of an atomic batch
+			msg.Header[key] = values
+		}
+	}
+	msg.Header.Set(stream.HeaderMsgID, fmt.Sprintf("%s:%s:%d", r.Handler, stream.Events, r.Sequence))
+	msg.Header.Set(stream.HeaderEventID, r.Event.ID)
+	msg.Header.Set(headerHandler, r.Handler)
+	msg.Header.Set(headerReason, string(r.Reason))
+	msg.Header.Set(headerError, OneLine(r.Error))
+	msg.Header.Set(headerAttempts, strconv.Itoa(r.Attempts))
+	msg.Header.Set(headerFirstFailedAt, r.FirstFailedAt.UTC().Format(time.RFC3339Nano))
+	msg.Header.Set(headerLastFailedAt, r.LastFailedAt.UTC().Format(time.RFC3339Nano))
+	msg.Header.Set(headerSubject, r.Subject)
+	msg.Header.Set(headerSequence, strconv.FormatUint(r.Sequence, 10))
+	if _, err := js.PublishMsg(ctx, msg); err != nil {
+		return fmt.Errorf("put dead letter of %s: %w", r.Event.ID, err)
+	}
+	return nil
+}
+
+// OneLine makes an error text fit for a header and a column: one line of valid UTF-8 of at most 2 KiB.
+func OneLine(s string) string {
+	s = strings.Join(strings.Fields(strings.ToValidUTF8(strings.ReplaceAll(s, "\x00", "\uFFFD"), "\uFFFD")), " ")
+	if len(s) <= maxError {
+		return s
+	}
+	s = s[:maxError]
+	for !utf8.ValidString(s) {
+		s = s[:len(s)-1]
+	}
+	return s
+}

@@ -1,0 +1,147 @@
+// Package inbox is the delivery log: the table that remembers what every handler did with every
+// event. It is written in the transaction of the effect, so an effect and the memory of it commit
+// together; that is what makes an effect happen once. The console and the CLI read the same table.
+package inbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"gorm.io/gorm"
+
+	"github.com/usherhq/usher/pkg/database"
+	"github.com/usherhq/usher/pkg/event"
+)
+
+// Status is what became of an event at a handler.
+type Status string
+
+// The statuses.
+const (
+	Processed Status = "processed" // applied
+	Retrying  Status = "retrying"  // failed, will be tried again
+	Dead      Status = "dead"      // in the dead-letter stream
+	Discarded Status = "discarded" // a dead letter that an operator gave up
+)
+
+// Entry is one row of the log.
+type Entry struct {
+	Event    *event.Event
+	Status   Status
+	Attempts int           // so far, with this one
+	Duration time.Duration // the event's share of its batch
+	Error    string        // one line
+	Reason   string        // of the closed set of deadletter.Reason, empty for a success
+}
+
+// Known is what the log already says of an event.
+type Known struct {
+	Status   Status
+	Attempts int
+}
+
+// Settled tells whether the event needs nothing more from the handler.
+func (k Known) Settled() bool { return k.Status == Processed || k.Status == Discarded }
+
+// ErrRaced tells that another worker settled an event of the batch while this one worked on it. The
+// transaction must be rolled back; a fresh look into the inbox shows which.
+var ErrRaced = errors.New("another worker settled an event of the batch")
+
+// Inbox is the log of one handler. It holds no state and is safe for concurrent use.
+type Inbox struct {
+	handler string
+}
+
+// New returns the log of a handler.
+func New(handler string) *Inbox { return &Inbox{handler: handler} }
+
+// Find returns what the log says of the events; those that it does not know are absent.
+func (i *Inbox) Find(ctx context.Context, tx *gorm.DB, ids []string) (map[string]Known, error) {
+	query, args := "SELECT event_id, status, attempts FROM deliveries WHERE handler = ? AND event_id IN (?"+strings.Repeat(",?", len(ids)-1)+")", make([]any, 0, len(ids)+1)
+	args = append(args, i.handler)
+	if database.IsPostgres(tx) {
+		query, args = "SELECT event_id, status, attempts FROM deliveries WHERE handler = $1 AND event_id = ANY($2::text[])", append(args, ids)
+	} else {
+		for _, id := range ids {
+			args = append(args, id)
+		}
+	}
+	rows, err := tx.Statement.ConnPool.QueryContext(ctx, query, args...)
+	if err != nil {
+		return nil, fmt.Errorf("find deliveries: %w", err)
+	}
+	defer func() { _ = rows.Close() }()
+	known := map[string]Known{}
+	for rows.Next() {
+		var id string
+		var k Known
+		if err := rows.Scan(&id, &k.Status, &k.Attempts); err != nil {
+			return nil, fmt.Errorf("read delivery: %w", err)
+		}
+		known[id] = k
+	}
+	if err := rows.Err(); err != nil {
+		return nil, fmt.Errorf("find deliveries: %w", err)
+	}
+	return known, nil
+}
+
+// Settle writes entries that are applied in this transaction. ErrRaced means that it must be rolled back.
+func (i *Inbox) Settle(ctx context.Context, tx *gorm.DB, entries []Entry) error {
+	written, err := i.write(ctx, tx, entries)
+	if err != nil {
+		return err
+	}
+	if written != int64(len(entries)) {
+		return ErrRaced
+	}
+	return nil
+}
+
+// Record writes one entry of an attempt that failed. An event that another worker applied meanwhile stays applied.
+func (i *Inbox) Record(ctx context.Context, tx *gorm.DB, entry Entry) error {
+	_, err := i.write(ctx, tx, []Entry{entry})
+	return err
+}
+
+var upsert = database.Upsert{
+	Table: "deliveries",
+	Columns: []database.Column{
+		{Name: "handler", Type: "text"}, {Name: "event_id", Type: "text"}, {Name: "type", Type: "text"}, {Name: "source", Type: "text"},
+		{Name: "origin", Type: "text"}, {Name: "object_id", Type: "text"}, {Name: "user_id", Type: "text"}, {Name: "status", Type: "text"},
+		{Name: "attempts", Type: "bigint"}, {Name: "received_at", Type: "timestamptz"}, {Name: "processed_at", Type: "timestamptz"},
+		{Name: "duration_ms", Type: "float8"}, {Name: "error", Type: "text"}, {Name: "reason", Type: "text"}, {Name: "stream_seq", Type: "bigint"},
+	},
+	Conflict: []string{"handler", "event_id"},
+	Guard:    "deliveries.status NOT IN ('processed', 'discarded')",
+}
+
+func (i *Inbox) write(ctx context.Context, tx *gorm.DB, entries []Entry) (int64, error) {
+	slices.SortFunc(entries, func(a, b Entry) int { return strings.Compare(a.Event.ID, b.Event.ID) })
+	now := time.Now().UTC()
+	rows := make([][]any, len(entries))
+	for n, e := range entries {
+		ev := e.Event
+		rows[n] = []any{
+			i.handler, ev.ID, string(ev.Type), ev.Source, string(ev.Origin), null(ev.Object.ID), null(ev.Object.UserID),
+			string(e.Status), int64(e.Attempts), ev.ReceivedAt.UTC(), now, float64(e.Duration.Microseconds()) / 1000,
+			null(e.Error), null(e.Reason), int64(ev.Seq), //nolint:gosec // a sequence stays far below 2^63
+		}
+	}
+	n, err := upsert.Exec(ctx, tx, rows)
+	if err != nil {
+		return 0, fmt.Errorf("write deliveries: %w", err)
+	}
+	return n, nil
+}
+
+func null(s string) any {
+	if s == "" {
+		return nil
+	}
+	return s
+}

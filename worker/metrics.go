@@ -1,0 +1,59 @@
+package worker
+
+import (
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/usherhq/usher/pkg/deadletter"
+)
+
+// outcomes of one delivery, as the metric counts them.
+var outcomes = []string{"processed", "duplicate", "retried", "dead_lettered", "given_back"}
+
+type metrics struct {
+	deliveries *prometheus.CounterVec
+	failures   *prometheus.CounterVec
+	duration   *prometheus.HistogramVec
+	age        *prometheus.HistogramVec
+	pending    *prometheus.GaugeVec
+	paused     *prometheus.GaugeVec
+}
+
+func newMetrics(reg prometheus.Registerer, handlers []Registration) *metrics {
+	m := &metrics{
+		deliveries: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "usher_worker_deliveries_total", Help: "Deliveries by handler and what became of them.",
+		}, []string{"handler", "outcome"}),
+		failures: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "usher_worker_failures_total", Help: "Failed attempts of events by handler and reason.",
+		}, []string{"handler", "reason"}),
+		duration: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "usher_worker_handle_duration_seconds", Help: "Time of one batch's transaction.",
+			Buckets: prometheus.ExponentialBuckets(0.001, 2, 16),
+		}, []string{"handler"}),
+		age: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "usher_event_age_seconds", Help: "Time from a change at Clerk until it is applied.",
+			Buckets: []float64{.01, .025, .05, .1, .25, .5, 1, 2.5, 5, 15, 60, 300, 1800, 7200, 86400},
+		}, []string{"handler"}),
+		pending: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "usher_consumer_pending", Help: "Events that a handler has not settled yet.",
+		}, []string{"handler"}),
+		paused: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "usher_worker_paused", Help: "1 while a handler waits for the database or the broker.",
+		}, []string{"handler"}),
+	}
+	reg.MustRegister(m.deliveries, m.failures, m.duration, m.age, m.pending, m.paused)
+	for _, r := range handlers {
+		name := r.Handler.Name()
+		for _, outcome := range outcomes {
+			m.deliveries.WithLabelValues(name, outcome)
+		}
+		for _, reason := range deadletter.Reasons() {
+			m.failures.WithLabelValues(name, string(reason))
+		}
+		m.duration.WithLabelValues(name)
+		m.age.WithLabelValues(name)
+		m.pending.WithLabelValues(name)
+		m.paused.WithLabelValues(name)
+	}
+	return m
+}
