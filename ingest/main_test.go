@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"io"
 	"net/http"
+	"net/http/httptest"
 	"strconv"
 	"strings"
 	"testing"
@@ -228,3 +229,7 @@ func (b *bundle) count() uint64 {
 }
 
 func (b *bundle) counted(res result) float64 { return testutil.ToFloat64(b.metrics.requests[res]) }
+
+func itoa(at time.Time) string { return strconv.FormatInt(at.Unix(), 10) }
+
+func newRecorder() *httptest.ResponseRecorder { return httptest.NewRecorder() }
