@@ -1,0 +1,235 @@
+package console_test
+
+import (
+	"context"
+	"encoding/json"
+	"io"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
+	"go.uber.org/zap"
+
+	"github.com/usherhq/usher/console"
+	"github.com/usherhq/usher/pkg/config"
+	"github.com/usherhq/usher/pkg/natstest"
+	"github.com/usherhq/usher/pkg/observe"
+	"github.com/usherhq/usher/pkg/stream"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+const token = "a-token-for-tests"
+
+// running is a console on a free port that stops with the test.
+type running struct {
+	url    string
+	health *observe.Health
+	client *http.Client
+}
+
+func start(t *testing.T, cfg console.Config) *running {
+	t.Helper()
+	cfg.Addr = "127.0.0.1:0"
+	r := &running{health: &observe.Health{}, client: &http.Client{Transport: &http.Transport{}, Timeout: 10 * time.Second}}
+	c, err := console.New(cfg, zap.NewNop(), r.health)
+	require.NoError(t, err)
+	r.url = "http://" + c.Addr()
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- c.Run(ctx) }()
+	t.Cleanup(func() {
+		r.client.CloseIdleConnections()
+		cancel()
+		select {
+		case err := <-done:
+			assert.NoError(t, err)
+		case <-time.After(15 * time.Second):
+			t.Error("the console did not stop within 15 s")
+		}
+	})
+	return r
+}
+
+type answer struct {
+	status int
+	header http.Header
+	body   string
+}
+
+func (r *running) do(t *testing.T, method, path string, change func(*http.Request)) answer {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), method, r.url+path, nil)
+	require.NoError(t, err)
+	if change != nil {
+		change(req)
+	}
+	res, err := r.client.Do(req)
+	require.NoError(t, err)
+	defer res.Body.Close()
+	body, err := io.ReadAll(res.Body)
+	require.NoError(t, err)
+	return answer{res.StatusCode, res.Header, string(body)}
+}
+
+func bearer(value string) func(*http.Request) {
+	return func(r *http.Request) { r.Header.Set("Authorization", value) }
+}
+
+func host(value string) func(*http.Request) { return func(r *http.Request) { r.Host = value } }
+
+func TestConsumersAreListedWithTheirLag(t *testing.T) {
+	t.Parallel()
+	broker := natstest.New(t)
+	_, js := broker.Setup(stream.HandlerSpec{Name: "mirror"}, stream.HandlerSpec{Name: "fraud", Filters: []string{"session.>"}})
+	for range 3 {
+		_, err := js.Publish(t.Context(), "clerk.evt.clerk.user.created.user_1", []byte("{}"))
+		require.NoError(t, err)
+	}
+	c, err := js.Consumer(t.Context(), stream.Events, "mirror")
+	require.NoError(t, err)
+	_, err = c.Next(jetstream.FetchMaxWait(5 * time.Second)) // taken and not settled
+	require.NoError(t, err)
+
+	r := start(t, console.Config{NATSURL: broker.URL()})
+	got := r.do(t, http.MethodGet, "/api/consumers", nil)
+	require.Equal(t, http.StatusOK, got.status, got.body)
+	var list struct {
+		Items []stream.Consumer `json:"items"`
+		Next  *string           `json:"next"`
+	}
+	require.NoError(t, json.Unmarshal([]byte(got.body), &list))
+	require.Len(t, list.Items, 2)
+	assert.Equal(t, stream.Consumer{Handler: "fraud"}, list.Items[0])
+	mirror := list.Items[1]
+	assert.Positive(t, mirror.LagSeconds)
+	mirror.LagSeconds = 0
+	assert.Equal(t, stream.Consumer{Handler: "mirror", Pending: 2, AckPending: 1}, mirror)
+	require.NotNil(t, list.Next)
+	assert.Empty(t, *list.Next)
+
+	page := r.do(t, http.MethodGet, "/admin", nil)
+	assert.Equal(t, http.StatusOK, page.status)
+	assert.Contains(t, page.header.Get("Content-Type"), "text/html")
+	assert.Contains(t, page.body, "mirror")
+	assert.Equal(t, http.StatusOK, r.do(t, http.MethodGet, "/admin/admin.css", nil).status)
+}
+
+func TestNobodyReadsWithoutTheToken(t *testing.T) {
+	t.Parallel()
+	broker := natstest.New(t)
+	broker.Setup()
+	r := start(t, console.Config{NATSURL: broker.URL(), AdminToken: token})
+	for _, path := range []string{"/", "/admin", "/admin/admin.css", "/api/consumers", "/api/unknown", "/unknown"} {
+		for name, change := range map[string]func(*http.Request){
+			"none": nil, "empty": bearer("Bearer "), "wrong": bearer("Bearer " + token + "x"), "shorter": bearer("Bearer " + token[1:]),
+			"basic": bearer("Basic " + token), "bare": bearer(token), "in the query": func(r *http.Request) { r.URL.RawQuery = "token=" + token },
+		} {
+			got := r.do(t, http.MethodGet, path, change)
+			assert.Equal(t, http.StatusUnauthorized, got.status, "%s with %s token", path, name)
+			assert.JSONEq(t, `{"error":{"code":"unauthorized","message":"send the admin token as Authorization: Bearer …"}}`, got.body)
+			assert.Contains(t, got.header.Get("WWW-Authenticate"), "Bearer")
+		}
+	}
+	assert.Equal(t, http.StatusOK, r.do(t, http.MethodGet, "/api/consumers", bearer("Bearer "+token)).status)
+	assert.Equal(t, http.StatusOK, r.do(t, http.MethodGet, "/admin", bearer("bearer "+token)).status)
+	t.Run("AnyHostWithTheToken", func(t *testing.T) {
+		got := r.do(t, http.MethodGet, "/api/consumers", func(r *http.Request) { bearer("Bearer " + token)(r); host("usher.example.com")(r) })
+		assert.Equal(t, http.StatusOK, got.status)
+	})
+}
+
+func TestWithoutATokenOnlyLocalhostIsAnswered(t *testing.T) {
+	t.Parallel()
+	broker := natstest.New(t)
+	broker.Setup()
+	r := start(t, console.Config{NATSURL: broker.URL()})
+	for _, name := range []string{"localhost", "localhost:8081", "127.0.0.1", "127.0.0.1:1", "[::1]", "[::1]:8081"} {
+		assert.Equal(t, http.StatusOK, r.do(t, http.MethodGet, "/api/consumers", host(name)).status, name)
+	}
+	for _, name := range []string{"evil.example", "evil.example:8081", "localhost.evil.example", "127.0.0.1.evil.example:80", "10.0.0.1", "0.0.0.0:8081"} {
+		for _, path := range []string{"/admin", "/api/consumers"} {
+			got := r.do(t, http.MethodGet, path, host(name))
+			assert.Equal(t, http.StatusForbidden, got.status, name)
+			assert.Contains(t, got.body, "forbidden_host")
+		}
+	}
+}
+
+func TestAnswersOfUnknownPathsAndMethods(t *testing.T) {
+	t.Parallel()
+	broker := natstest.New(t)
+	broker.Setup()
+	r := start(t, console.Config{NATSURL: broker.URL()})
+
+	got := r.do(t, http.MethodGet, "/api/unknown", nil)
+	assert.Equal(t, http.StatusNotFound, got.status)
+	assert.JSONEq(t, `{"error":{"code":"not_found","message":"there is no such resource"}}`, got.body)
+	got = r.do(t, http.MethodPost, "/api/consumers", nil)
+	assert.Equal(t, http.StatusMethodNotAllowed, got.status)
+	assert.Equal(t, "GET, HEAD", got.header.Get("Allow"))
+	for _, path := range []string{"/admin", "/api/consumers", "/nothing"} {
+		h := r.do(t, http.MethodGet, path, nil).header
+		assert.Equal(t, "nosniff", h.Get("X-Content-Type-Options"), path)
+		assert.Equal(t, "DENY", h.Get("X-Frame-Options"), path)
+		assert.Equal(t, "no-store", h.Get("Cache-Control"), path)
+		assert.Contains(t, h.Get("Content-Security-Policy"), "default-src 'none'", path)
+	}
+}
+
+func TestReadinessFollowsTheStreamsAndTheBroker(t *testing.T) {
+	t.Parallel()
+	broker := natstest.New(t)
+	r := start(t, console.Config{NATSURL: broker.URL()})
+	problem := func() string { return r.health.Problems()[console.Name] }
+
+	require.Eventually(t, func() bool { return problem() == stream.ErrSetup.Error() }, 15*time.Second, 10*time.Millisecond)
+	got := r.do(t, http.MethodGet, "/api/consumers", nil)
+	assert.Equal(t, http.StatusServiceUnavailable, got.status)
+	assert.Contains(t, got.body, "usher setup")
+	page := r.do(t, http.MethodGet, "/admin", nil)
+	assert.Equal(t, http.StatusOK, page.status)
+	assert.Contains(t, page.body, "usher setup")
+
+	broker.Setup()
+	require.Eventually(t, func() bool { return problem() == "" }, 15*time.Second, 10*time.Millisecond)
+
+	broker.Stop()
+	require.Eventually(t, func() bool { return problem() != "" }, 15*time.Second, 10*time.Millisecond)
+	got = r.do(t, http.MethodGet, "/api/consumers", nil)
+	assert.Equal(t, http.StatusServiceUnavailable, got.status)
+	assert.Contains(t, got.body, "broker_unavailable")
+
+	broker.Start()
+	require.Eventually(t, func() bool { return problem() == "" }, 15*time.Second, 10*time.Millisecond)
+}
+
+func TestNewRefusesWhatIsNotSafe(t *testing.T) {
+	t.Parallel()
+	for name, cfg := range map[string]console.Config{
+		"no broker":         {Addr: "127.0.0.1:0"},
+		"open to the world": {Addr: "0.0.0.0:0", NATSURL: "nats://127.0.0.1:1"},
+		"every address":     {Addr: ":0", NATSURL: "nats://127.0.0.1:1"},
+	} {
+		_, err := console.New(cfg, zap.NewNop(), &observe.Health{})
+		assert.ErrorAs(t, err, new(config.Problems), name)
+	}
+	_, err := console.New(console.Config{}, zap.NewNop(), &observe.Health{})
+	require.Error(t, err)
+	for _, name := range []string{"USHER_NATS_URL", "USHER_CONSOLE_ADDR"} {
+		assert.ErrorContains(t, err, name)
+	}
+}
+
+func TestATakenPortIsAnErrorOfNew(t *testing.T) {
+	t.Parallel()
+	broker := natstest.New(t)
+	r := start(t, console.Config{NATSURL: broker.URL()})
+	_, err := console.New(console.Config{Addr: strings.TrimPrefix(r.url, "http://"), NATSURL: broker.URL()}, zap.NewNop(), &observe.Health{})
+	require.ErrorContains(t, err, "listen")
+}

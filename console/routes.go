@@ -1,0 +1,95 @@
+package console
+
+import (
+	"bytes"
+	"embed"
+	"encoding/json"
+	"html/template"
+	"net/http"
+
+	"go.uber.org/zap"
+
+	"github.com/usherhq/usher/pkg/stream"
+)
+
+//go:embed assets
+var assets embed.FS
+
+var adminPage = template.Must(template.ParseFS(assets, "assets/admin.html"))
+
+func (c *Console) routes() http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("GET /{$}", http.RedirectHandler("/admin", http.StatusFound))
+	mux.HandleFunc("GET /admin", c.admin)
+	mux.HandleFunc("GET /admin/admin.css", func(w http.ResponseWriter, r *http.Request) {
+		http.ServeFileFS(w, r, assets, "assets/admin.css")
+	})
+	mux.HandleFunc("GET /api/consumers", c.consumers)
+	mux.HandleFunc("/api/consumers", notAllowed)
+	mux.HandleFunc("/api/", func(w http.ResponseWriter, _ *http.Request) {
+		writeError(w, http.StatusNotFound, "not_found", "there is no such resource")
+	})
+	return mux
+}
+
+// consumers answers GET /api/consumers.
+func (c *Console) consumers(w http.ResponseWriter, r *http.Request) {
+	ctx, cancel := ask(r)
+	defer cancel()
+	items, err := stream.Consumers(ctx, c.js)
+	if err != nil {
+		c.log.Warn("consumers could not be read", zap.Error(err))
+		code, message := unavailable(err)
+		writeError(w, http.StatusServiceUnavailable, code, message)
+		return
+	}
+	writeJSON(w, http.StatusOK, listing[stream.Consumer]{Items: items})
+}
+
+// admin answers GET /admin. What cannot be read is said on the page, which stays up.
+func (c *Console) admin(w http.ResponseWriter, r *http.Request) {
+	ctx, cancel := ask(r)
+	defer cancel()
+	var page struct {
+		Consumers []stream.Consumer
+		Problem   string
+	}
+	var err error
+	if page.Consumers, err = stream.Consumers(ctx, c.js); err != nil {
+		c.log.Warn("consumers could not be read", zap.Error(err))
+		_, page.Problem = unavailable(err)
+	}
+	var body bytes.Buffer
+	if err := adminPage.Execute(&body, page); err != nil {
+		c.log.Error("page could not be made", zap.Error(err))
+		writeError(w, http.StatusInternalServerError, "internal", "the page could not be made")
+		return
+	}
+	w.Header().Set("Content-Type", "text/html; charset=utf-8")
+	_, _ = w.Write(body.Bytes())
+}
+
+func notAllowed(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Allow", "GET, HEAD")
+	writeError(w, http.StatusMethodNotAllowed, "method_not_allowed", "only GET is known here")
+}
+
+// listing is the shape of every list; next is the cursor of the next page, empty on the last.
+type listing[T any] struct {
+	Items []T    `json:"items"`
+	Next  string `json:"next"`
+}
+
+func writeError(w http.ResponseWriter, status int, code, message string) {
+	type body struct {
+		Code    string `json:"code"`
+		Message string `json:"message"`
+	}
+	writeJSON(w, status, map[string]body{"error": {Code: code, Message: message}})
+}
+
+func writeJSON(w http.ResponseWriter, status int, body any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	_ = json.NewEncoder(w).Encode(body) // the client is gone; the server closes the connection
+}

@@ -1,0 +1,66 @@
+package reconciler_test
+
+import (
+	"context"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
+	"go.uber.org/zap"
+
+	"github.com/usherhq/usher/pkg/config"
+	"github.com/usherhq/usher/pkg/natstest"
+	"github.com/usherhq/usher/pkg/observe"
+	"github.com/usherhq/usher/pkg/stream"
+	"github.com/usherhq/usher/reconciler"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+func TestStartsIsReadyOnceTheStreamIsThereAndStops(t *testing.T) {
+	t.Parallel()
+	broker := natstest.New(t)
+	health := &observe.Health{}
+	r, err := reconciler.New(reconciler.Config{NATSURL: broker.URL()}, zap.NewNop(), health)
+	require.NoError(t, err)
+	problem := func() string { return health.Problems()[reconciler.Name] }
+	assert.NotEmpty(t, problem(), "not ready before it ran")
+
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- r.Run(ctx) }()
+	require.Eventually(t, func() bool { return problem() == stream.ErrSetup.Error() }, 15*time.Second, 10*time.Millisecond)
+	broker.Setup()
+	require.Eventually(t, func() bool { return problem() == "" }, 15*time.Second, 10*time.Millisecond)
+
+	cancel()
+	select {
+	case err := <-done:
+		assert.NoError(t, err)
+	case <-time.After(15 * time.Second):
+		t.Fatal("the reconciler did not stop within 15 s")
+	}
+}
+
+func TestABrokerThatIsAwayIsNoErrorButNotReady(t *testing.T) {
+	t.Parallel()
+	health := &observe.Health{}
+	r, err := reconciler.New(reconciler.Config{NATSURL: "nats://127.0.0.1:1"}, zap.NewNop(), health)
+	require.NoError(t, err)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- r.Run(ctx) }()
+	assert.NotEmpty(t, health.Problems()[reconciler.Name])
+	cancel()
+	assert.NoError(t, <-done)
+}
+
+func TestAMissingBrokerSettingIsAProblem(t *testing.T) {
+	t.Parallel()
+	_, err := reconciler.New(reconciler.Config{}, zap.NewNop(), &observe.Health{})
+	require.ErrorAs(t, err, new(config.Problems))
+	assert.ErrorContains(t, err, "USHER_NATS_URL")
+}
