@@ -1,0 +1,169 @@
+package emulator
+
+import (
+	"encoding/json"
+	"iter"
+	"slices"
+
+	"github.com/tidwall/gjson"
+
+	"github.com/usherhq/usher/pkg/event"
+)
+
+// tables maps what an event type is about to its table in the mirror. E-mails and SMS have none.
+var tables = map[string]string{
+	"user":                   "users",
+	"organization":           "organizations",
+	"organizationMembership": "organization_memberships",
+	"organizationInvitation": "organization_invitations",
+	"organizationDomain":     "organization_domains",
+	"session":                "sessions",
+	"role":                   "roles",
+	"permission":             "permissions",
+	"waitlistEntry":          "waitlist_entries",
+	"subscription":           "subscriptions",
+	"subscriptionItem":       "subscription_items",
+	"paymentAttempt":         "payment_attempts",
+}
+
+// Tables lists the names under which Clerk's objects are kept, sorted: those of the mirror's tables.
+func Tables() []string {
+	names := make([]string, 0, len(tables))
+	for _, name := range tables {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	return names
+}
+
+// Object is one of Clerk's objects as it now is.
+type Object struct {
+	ID        string
+	CreatedAt int64           // ms
+	UpdatedAt int64           // ms
+	DeletedAt int64           // ms, the timestamp of the delete; 0 while it lives
+	JSON      json.RawMessage // the full object as last announced, of a deleted one the data of its delete; read-only
+}
+
+type table struct {
+	byID  map[string]*Object
+	order []*Object // by creation
+	live  int
+}
+
+func (c *Clerk) table(name string) *table {
+	t := c.state[name]
+	if t == nil {
+		t = &table{byID: map[string]*Object{}}
+		c.state[name] = t
+	}
+	return t
+}
+
+func (c *Clerk) keep(name, id string, updated, deleted int64, data []byte) {
+	if c.cfg.Forget || name == "" {
+		return
+	}
+	t := c.table(name)
+	o := t.byID[id]
+	if o == nil {
+		o = &Object{ID: id, CreatedAt: gjson.GetBytes(data, "created_at").Int()}
+		t.byID[id] = o
+		t.order = append(t.order, o)
+		t.live++
+	}
+	if deleted != 0 && o.DeletedAt == 0 {
+		t.live--
+	}
+	o.JSON, o.UpdatedAt, o.DeletedAt = data, max(o.UpdatedAt, updated), deleted
+}
+
+// Object returns one object of a table, deleted ones included, false where there never was one.
+// Like all accessors it is safe while a story is being told.
+func (c *Clerk) Object(table, id string) (Object, bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if t := c.state[table]; t != nil {
+		if o := t.byID[id]; o != nil {
+			return *o, true
+		}
+	}
+	return Object{}, false
+}
+
+// Objects ranges over the living objects of a table in the order of their creation, as they are when
+// the range begins.
+func (c *Clerk) Objects(table string) iter.Seq[Object] {
+	return func(yield func(Object) bool) {
+		for _, o := range c.list(table) {
+			if o.DeletedAt == 0 && !yield(o) {
+				return
+			}
+		}
+	}
+}
+
+// Deleted ranges over the deleted objects of a table in the order of their creation.
+func (c *Clerk) Deleted(table string) iter.Seq[Object] {
+	return func(yield func(Object) bool) {
+		for _, o := range c.list(table) {
+			if o.DeletedAt != 0 && !yield(o) {
+				return
+			}
+		}
+	}
+}
+
+func (c *Clerk) list(table string) []Object {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	t := c.state[table]
+	if t == nil {
+		return nil
+	}
+	list := make([]Object, len(t.order))
+	for i, o := range t.order {
+		list[i] = *o
+	}
+	return list
+}
+
+// Count returns how many objects of a table live, and how many were deleted.
+func (c *Clerk) Count(table string) (live, deleted int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if t := c.state[table]; t != nil {
+		return t.live, len(t.order) - t.live
+	}
+	return 0, 0
+}
+
+// TableState is all of one table: what a mirror of it must equal.
+type TableState struct {
+	Live    map[string]json.RawMessage // id → full object
+	Deleted map[string]json.RawMessage // id → data of the delete
+}
+
+// State returns all tables by name, also empty ones. The JSON is shared and read-only.
+func (c *Clerk) State() map[string]TableState {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	state := make(map[string]TableState, len(tables))
+	for _, name := range tables {
+		s := TableState{Live: map[string]json.RawMessage{}, Deleted: map[string]json.RawMessage{}}
+		if t := c.state[name]; t != nil {
+			for id, o := range t.byID {
+				if o.DeletedAt == 0 {
+					s.Live[id] = o.JSON
+				} else {
+					s.Deleted[id] = o.JSON
+				}
+			}
+		}
+		state[name] = s
+	}
+	return state
+}
+
+// TableOf is the table of an event type's objects, empty for e-mails, SMS and what is not known.
+func TableOf(typ string) string { return tables[event.Type(typ).Resource()] }
