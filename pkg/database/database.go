@@ -1,0 +1,101 @@
+// Package database opens Usher's database and keeps its schema: PostgreSQL by postgres://…, SQLite by sqlite:PATH.
+//
+// It guarantees that a commit that returned is on disk, that times are UTC in and out, that every error of
+// opening says what to do and never holds the password, and that [IsInfrastructure] tells an outage from an
+// error of the data. It refuses to create or change tables other than by its numbered SQL, and it knows nothing of events.
+package database
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"gorm.io/gorm"
+	"gorm.io/gorm/logger"
+)
+
+// What keeps a database from being used. Every error of [Open], [CheckMigrated] and [Migrate] that has one of
+// these causes wraps it; the text says what to do.
+var (
+	ErrUnreachable = errors.New("database is unreachable")
+	ErrAuth        = errors.New("database refuses the user")
+	ErrNoDatabase  = errors.New("database does not exist")
+	ErrPending     = errors.New("migrations are pending")
+	ErrNewer       = errors.New("database is newer than this program")
+)
+
+// connectTimeout bounds how long Open waits for an answer.
+const connectTimeout = 5 * time.Second
+
+// Open connects to the database that url names and asks it for a sign of life, at most 5 s long. schema is the
+// PostgreSQL schema of all tables (the search_path of every connection; it need not exist yet); SQLite ignores it.
+// The result is safe for concurrent use and is closed by [Close].
+func Open(ctx context.Context, url, schema string) (*gorm.DB, error) {
+	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
+	defer cancel()
+	scheme, rest, _ := strings.Cut(url, ":")
+	switch scheme {
+	case "postgres", "postgresql":
+		return openPostgres(ctx, url, schema)
+	case "sqlite":
+		return openSQLite(ctx, rest)
+	case "":
+		return nil, errors.New("open database: the URL is empty; use postgres://… or sqlite:PATH")
+	default: // not echoed: what is not understood may hold a password anywhere
+		return nil, errors.New("open database: the URL is neither postgres://… nor sqlite:PATH")
+	}
+}
+
+// gormConfig: every caller opens its own transactions, and errors are logged where the decision falls. Statements
+// are not kept by GORM: pgx keeps them a connection, and the SQLite driver compiles anew whatever it is given.
+func gormConfig() *gorm.Config {
+	return &gorm.Config{
+		Logger:                 logger.Discard,
+		SkipDefaultTransaction: true,
+		DisableAutomaticPing:   true,
+		NowFunc:                func() time.Time { return time.Now().UTC().Truncate(time.Millisecond) },
+	}
+}
+
+// Close closes all connections. Transactions in flight fail.
+func Close(db *gorm.DB) error {
+	pool, err := db.DB()
+	if err != nil {
+		return fmt.Errorf("close database: %w", err)
+	}
+	if err := pool.Close(); err != nil {
+		return fmt.Errorf("close database: %w", err)
+	}
+	return nil
+}
+
+// Ping asks the database for a sign of life over a connection of the pool, which is replaced where it is dead.
+func Ping(ctx context.Context, db *gorm.DB) error {
+	pool, err := db.DB()
+	if err != nil {
+		return fmt.Errorf("ping database: %w", err)
+	}
+	if err := pool.PingContext(ctx); err != nil {
+		return fmt.Errorf("ping database: %w", err)
+	}
+	return nil
+}
+
+// InTx runs fn in one transaction: committed where fn returns nil, rolled back where it returns an error or panics.
+// nil means that the commit is on disk. fn must use tx only, never the db that it came from. On SQLite the
+// transaction waits for its turn as the only writer.
+func InTx(ctx context.Context, db *gorm.DB, fn func(tx *gorm.DB) error) error {
+	return db.WithContext(ctx).Transaction(fn) //nolint:wrapcheck // fn's error is the caller's own, commit's says what it is
+}
+
+// InReadTx runs fn in a transaction that sees one state of the database from its first query on. On SQLite it does not wait for
+// the writer.
+func InReadTx(ctx context.Context, db *gorm.DB, fn func(tx *gorm.DB) error) error {
+	return db.WithContext(ctx).Transaction(fn, &sql.TxOptions{ReadOnly: true, Isolation: sql.LevelRepeatableRead}) //nolint:wrapcheck // as InTx
+}
+
+// IsPostgres tells PostgreSQL from SQLite.
+func IsPostgres(db *gorm.DB) bool { return db.Name() == "postgres" }

@@ -1,0 +1,229 @@
+package database
+
+import (
+	"context"
+	"database/sql"
+	"embed"
+	"errors"
+	"fmt"
+	"io/fs"
+	"path"
+	"slices"
+	"strings"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/pressly/goose/v3"
+	"gorm.io/gorm"
+)
+
+//go:embed migrations
+var migrations embed.FS
+
+// versionTable is goose's, in the schema itself.
+const versionTable = "goose_db_version"
+
+// lockKey is the advisory lock ("usher" in ASCII) under which schemas of one PostgreSQL database are migrated.
+const lockKey = 0x7573686572
+
+// Migrate brings the schema up to this program and returns the names of the migrations it applied. It creates
+// the PostgreSQL schema where it is missing. Any number may run at once: one works, the others wait and find
+// nothing to do. What was applied before an error stays applied.
+func Migrate(ctx context.Context, db *gorm.DB) ([]string, error) {
+	pool, err := db.DB()
+	if err != nil {
+		return nil, fmt.Errorf("migrate database: %w", err)
+	}
+	if _, err := Pending(ctx, db); err != nil { // a newer database is refused before anything is touched
+		return nil, err
+	}
+	if IsPostgres(db) {
+		return migratePostgres(ctx, pool)
+	}
+	return migrateSQLite(ctx, db, pool)
+}
+
+func migratePostgres(ctx context.Context, pool *sql.DB) ([]string, error) {
+	if err := createSchema(ctx, pool); err != nil {
+		return nil, err
+	}
+	provider, err := goose.NewProvider(goose.DialectPostgres, pool, sub("postgres"),
+		goose.WithDisableGlobalRegistry(true), goose.WithSessionLocker(advisoryLock{}))
+	if err != nil {
+		return nil, fmt.Errorf("read migrations: %w", err)
+	}
+	return up(ctx, provider)
+}
+
+// migrateSQLite has no lock to take, but every migration is one transaction of the one writer: who comes second
+// finds the tables there, rolls back, and looks again.
+func migrateSQLite(ctx context.Context, db *gorm.DB, pool *sql.DB) ([]string, error) {
+	provider, err := goose.NewProvider(goose.DialectSQLite3, pool, sub("sqlite"), goose.WithDisableGlobalRegistry(true))
+	if err != nil {
+		return nil, fmt.Errorf("read migrations: %w", err)
+	}
+	var applied []string
+	for left := len(names("sqlite")) + 1; ; left-- {
+		names, err := up(ctx, provider)
+		applied = append(applied, names...)
+		if err == nil {
+			return applied, nil
+		}
+		pending, pendingErr := Pending(ctx, db)
+		switch {
+		case pendingErr != nil || left == 0 || ctx.Err() != nil:
+			return applied, err
+		case len(pending) == 0:
+			return applied, nil
+		}
+	}
+}
+
+func up(ctx context.Context, provider *goose.Provider) ([]string, error) {
+	results, err := provider.Up(ctx)
+	var partial *goose.PartialError
+	if errors.As(err, &partial) {
+		results = partial.Applied
+	}
+	applied := make([]string, len(results))
+	for i, r := range results {
+		applied[i] = name(r.Source.Path)
+	}
+	if err != nil {
+		return applied, fmt.Errorf("migrate database: %w", err)
+	}
+	return applied, nil
+}
+
+// createSchema asks first, since CREATE SCHEMA IF NOT EXISTS wants the right to create even where nothing is to be created.
+func createSchema(ctx context.Context, pool *sql.DB) error {
+	var searchPath string
+	if err := pool.QueryRowContext(ctx, "SHOW search_path").Scan(&searchPath); err != nil {
+		return fmt.Errorf("create schema: %w", err)
+	}
+	schema := strings.ReplaceAll(strings.TrimSuffix(strings.TrimPrefix(searchPath, `"`), `"`), `""`, `"`)
+	tx, err := pool.BeginTx(ctx, nil)
+	if err != nil {
+		return fmt.Errorf("create schema: %w", err)
+	}
+	defer func() { _ = tx.Rollback() }()
+	var exists bool
+	if _, err := tx.ExecContext(ctx, "SELECT pg_advisory_xact_lock($1)", lockKey); err != nil {
+		return fmt.Errorf("create schema: %w", err)
+	}
+	if err := tx.QueryRowContext(ctx, "SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = $1)", schema).Scan(&exists); err != nil {
+		return fmt.Errorf("create schema: %w", err)
+	}
+	if exists {
+		return nil
+	}
+	_, err = tx.ExecContext(ctx, "CREATE SCHEMA "+pgx.Identifier{schema}.Sanitize())
+	if err == nil {
+		err = tx.Commit()
+	}
+	var pg *pgconn.PgError
+	if errors.As(err, &pg) && pg.Code == "42501" {
+		return fmt.Errorf("create schema %s: the user may not create schemas here: GRANT CREATE ON DATABASE, or create it for this user (%w)", schema, errors.Join(ErrAuth, err))
+	}
+	if err != nil {
+		return fmt.Errorf("create schema %s: %w", schema, err)
+	}
+	return nil
+}
+
+// advisoryLock waits in the server, where goose's own lock polls.
+type advisoryLock struct{}
+
+func (advisoryLock) SessionLock(ctx context.Context, conn *sql.Conn) error {
+	if _, err := conn.ExecContext(ctx, "SELECT pg_advisory_lock($1)", lockKey); err != nil {
+		return fmt.Errorf("lock schema: %w", err)
+	}
+	return nil
+}
+
+func (advisoryLock) SessionUnlock(ctx context.Context, conn *sql.Conn) error {
+	if _, err := conn.ExecContext(ctx, "SELECT pg_advisory_unlock($1)", lockKey); err != nil {
+		return fmt.Errorf("unlock schema: %w", err)
+	}
+	return nil
+}
+
+// Pending returns the names of the migrations that this program has and the database has not, in order. It only reads. A
+// database that has a migration which this program does not know is [ErrNewer].
+func Pending(ctx context.Context, db *gorm.DB) ([]string, error) {
+	pool, err := db.DB()
+	if err != nil {
+		return nil, fmt.Errorf("read schema version: %w", err)
+	}
+	dialect := "sqlite"
+	if IsPostgres(db) {
+		dialect = "postgres"
+	}
+	pending := names(dialect)
+	rows, err := pool.QueryContext(ctx, "SELECT version_id FROM "+versionTable+" WHERE is_applied AND version_id > 0 ORDER BY version_id")
+	if isMissingTable(err) {
+		return pending, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read schema version: %w", err)
+	}
+	defer func() { _ = rows.Close() }()
+	for rows.Next() {
+		var version int64
+		if err := rows.Scan(&version); err != nil {
+			return nil, fmt.Errorf("read schema version: %w", err)
+		}
+		known := slices.ContainsFunc(names(dialect), func(n string) bool { return versionOf(n) == version })
+		if !known {
+			return nil, fmt.Errorf("%w: it has migration %d, which this program does not know: run the newer Usher, or restore the backup from before its setup", ErrNewer, version)
+		}
+		pending = slices.DeleteFunc(pending, func(n string) bool { return versionOf(n) == version })
+	}
+	if err := rows.Err(); err != nil {
+		return nil, fmt.Errorf("read schema version: %w", err)
+	}
+	return pending, nil
+}
+
+// CheckMigrated is what a service asks before it begins: nil, [ErrPending], [ErrNewer], or why it cannot tell.
+func CheckMigrated(ctx context.Context, db *gorm.DB) error {
+	pending, err := Pending(ctx, db)
+	if err != nil {
+		return err
+	}
+	if len(pending) > 0 {
+		return fmt.Errorf("%w: run `usher setup` (%s)", ErrPending, strings.Join(pending, ", "))
+	}
+	return nil
+}
+
+// Schema is the numbered SQL of a dialect ("postgres" or "sqlite"), for those who want to read or print it.
+func Schema(dialect string) fs.FS { return sub(dialect) }
+
+func sub(dialect string) fs.FS {
+	files, err := fs.Sub(migrations, path.Join("migrations", dialect))
+	if err != nil {
+		panic(err) // a constant name
+	}
+	return files
+}
+
+// names are the migrations of a dialect in order, "0001_users".
+func names(dialect string) []string {
+	files, err := fs.Glob(sub(dialect), "*.sql")
+	if err != nil {
+		panic(err) // a constant pattern
+	}
+	for i, file := range files {
+		files[i] = name(file)
+	}
+	return files
+}
+
+func name(file string) string { return strings.TrimSuffix(path.Base(file), ".sql") }
+
+func versionOf(name string) int64 {
+	var version int64
+	_, _ = fmt.Sscanf(name, "%d_", &version)
+	return version
+}

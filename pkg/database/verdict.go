@@ -1,0 +1,94 @@
+package database
+
+import (
+	"context"
+	"database/sql"
+	"database/sql/driver"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"strings"
+	"syscall"
+
+	gosqlite "github.com/glebarez/go-sqlite"
+	"github.com/jackc/pgx/v5/pgconn"
+)
+
+// infrastructure are SQLSTATEs, or their classes, that say nothing about the data.
+var infrastructure = []string{
+	"08",                      // connection exceptions
+	"25006",                   // read-only: a standby, or a disk that an operator protects
+	"28",                      // the password was changed under us
+	"3D000", "3F000", "42P01", // database, schema or table gone: a restore in progress. Services check them before they begin
+	"40001", "40P01", // serialization failure, deadlock
+	"42501",                                              // rights were taken away
+	"53",                                                 // too many connections, disk full, out of memory
+	"55P03",                                              // lock_timeout
+	"57014", "57P01", "57P02", "57P03", "57P04", "57P05", // cancelled, shutting down, crashed, starting up
+	"58",             // I/O errors
+	"XX001", "XX002", // corrupted data, corrupted index
+}
+
+// SQLite's primary result codes of the same kind.
+var sqliteInfrastructure = map[int]bool{
+	5: true, 6: true, // BUSY, LOCKED
+	7: true, 8: true, 9: true, // NOMEM, READONLY, INTERRUPT
+	10: true, 11: true, 13: true, 14: true, 15: true, // IOERR, CORRUPT, FULL, CANTOPEN, PROTOCOL
+	23: true, 26: true, // AUTH, NOTADB
+}
+
+// IsInfrastructure tells whether err is the database's trouble (or the caller's context) rather than the data's: the
+// same work may succeed later as it is. A nil error is not.
+func IsInfrastructure(err error) bool {
+	if err == nil {
+		return false
+	}
+	var pg *pgconn.PgError
+	if errors.As(err, &pg) {
+		for _, code := range infrastructure {
+			if strings.HasPrefix(pg.Code, code) {
+				return true
+			}
+		}
+		return false
+	}
+	var lite *gosqlite.Error
+	if errors.As(err, &lite) {
+		return sqliteInfrastructure[lite.Code()&0xff]
+	}
+	for _, target := range []error{
+		context.Canceled, context.DeadlineExceeded, driver.ErrBadConn, sql.ErrConnDone, sql.ErrTxDone,
+		io.EOF, io.ErrUnexpectedEOF, net.ErrClosed, os.ErrDeadlineExceeded,
+		ErrUnreachable, ErrAuth, ErrNoDatabase, ErrPending, ErrNewer,
+		syscall.ECONNREFUSED, syscall.ECONNRESET, syscall.EPIPE, syscall.ENOSPC, syscall.EIO, syscall.EROFS, syscall.EMFILE,
+	} {
+		if errors.Is(err, target) {
+			return true
+		}
+	}
+	var connect *pgconn.ConnectError
+	var network net.Error
+	var retry interface{ SafeToRetry() bool } // pgconn: nothing was sent, the connection was closed already
+	return errors.As(err, &connect) || errors.As(err, &network) || errors.As(err, &retry) && retry.SafeToRetry() ||
+		err.Error() == "sql: database is closed"
+}
+
+// IsConstraint tells whether the database refused the data by a rule of the schema (NOT NULL, CHECK, a key).
+func IsConstraint(err error) bool {
+	var pg *pgconn.PgError
+	if errors.As(err, &pg) {
+		return strings.HasPrefix(pg.Code, "23")
+	}
+	var lite *gosqlite.Error
+	return errors.As(err, &lite) && lite.Code()&0xff == 19
+}
+
+// isMissingTable tells whether a query named a table that does not exist.
+func isMissingTable(err error) bool {
+	var pg *pgconn.PgError
+	if errors.As(err, &pg) {
+		return pg.Code == "42P01" || pg.Code == "3F000"
+	}
+	return err != nil && strings.Contains(err.Error(), "no such table")
+}
