@@ -1,0 +1,210 @@
+// Package mirror keeps one row an object of Clerk's, and is the only writer of those rows.
+//
+// It guarantees that any order and any repetition of events ends in the same rows: a row is wholly determined by the
+// event that wins, and which wins is a total order (package event). A delete leaves a tombstone. A copy of an object
+// inside another's event makes a stub at most. It keeps every object as Clerk sent it in raw, but for what
+// no database can hold (see [Clean]), and it fails for no field's type. It refuses to guess: events of types it does not
+// know write nothing.
+package mirror
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/tidwall/gjson"
+	"gorm.io/gorm"
+
+	"github.com/usherhq/usher/pkg/event"
+)
+
+// ErrNoID is wrapped by the error of [Apply] for an event whose object has no id: it can never be applied.
+var ErrNoID = errors.New("object has no id")
+
+// Knows tells whether events of the type are mirrored. Others are not an error: they write nothing.
+func Knows(t event.Type) bool { return tableOf(t) != nil }
+
+// tableOf is strict about the verb: an unknown event of a known resource may carry part of the object, or something else.
+func tableOf(t event.Type) *Table {
+	table := byResource[t.Resource()]
+	if table == nil || !slices.Contains(table.verbs, t.Verb()) {
+		return nil
+	}
+	return table
+}
+
+// row is one state of one object.
+type row struct {
+	id      string
+	version event.Version
+	ended   bool
+	values  []any // as the table's upsert wants them
+}
+
+// newer is the order of states of one object: Version's, but for sessions it comes second.
+func (r *row) newer(o *row) bool {
+	if r.ended != o.ended {
+		return r.ended
+	}
+	return r.version.Compare(o.version) > 0
+}
+
+// endedStatus are the states from which a session never comes back.
+var endedStatus = map[string]bool{"ended": true, "removed": true, "revoked": true, "expired": true, "replaced": true, "abandoned": true}
+
+// Apply writes a batch in the caller's transaction: the newest state of each object in it, where the table has no newer one.
+// Repetition and order do not matter, neither within nor between batches. Rows are written table by table in
+// order of their ids, so that concurrent batches wait for each other but never in a circle. An error (of the
+// database, or [ErrNoID]) says nothing about which event of the batch caused it; the transaction must then be rolled back.
+func Apply(ctx context.Context, tx *gorm.DB, batch []event.Event) error {
+	now := time.Now().UTC().Truncate(time.Millisecond)
+	newest := make(map[*Table]map[string]*row, len(tables))
+	for i := range batch {
+		if err := collect(newest, &batch[i], now); err != nil {
+			return err
+		}
+	}
+	for _, table := range tables {
+		states := newest[table]
+		if len(states) == 0 {
+			continue
+		}
+		sorted := make([]*row, 0, len(states))
+		for _, r := range states {
+			sorted = append(sorted, r)
+		}
+		slices.SortFunc(sorted, func(a, b *row) int { return strings.Compare(a.id, b.id) })
+		rows := make([][]any, len(sorted))
+		for i, r := range sorted {
+			rows[i] = r.values
+		}
+		if _, err := table.upsert.Exec(ctx, tx, rows); err != nil {
+			return fmt.Errorf("apply events: %w", err)
+		}
+	}
+	return nil
+}
+
+// collect adds what one event says: its object, and a stub of the copy inside it.
+func collect(newest map[*Table]map[string]*row, e *event.Event, now time.Time) error {
+	table := tableOf(e.Type)
+	if table == nil {
+		return nil
+	}
+	if e.Object.ID == "" {
+		return fmt.Errorf("apply %s %s: %w", e.Type, e.ID, ErrNoID)
+	}
+	s := state{
+		id: CleanText(e.Object.ID), eventID: CleanText(e.ID), source: CleanText(e.Source), origin: CleanText(string(e.Origin)),
+		version: e.Version(), createdAt: e.Object.CreatedAt, updatedAt: e.Object.UpdatedAt, now: now,
+	}
+	s.version.EventID = s.eventID
+	if e.Object.Deleted {
+		s.deletedAt = max(s.version.SeenAt, 1)
+	}
+	raw := string(Clean(e.Data))
+	keep(newest, table, table.row(&s, raw))
+
+	inside, copied := embedded(e.Type, raw)
+	if inside == nil {
+		return nil
+	}
+	id := copied.Get("id")
+	if id.Type != gjson.String || id.Str == "" {
+		return nil
+	}
+	s.id, s.deletedAt = id.Str, 0
+	updatedAt := integer(copied.Get("updated_at"))
+	s.createdAt, s.updatedAt = event.Millis(integer(copied.Get("created_at"))), event.Millis(updatedAt)
+	s.version = e.StubVersion(updatedAt)
+	s.version.EventID = s.eventID
+	keep(newest, inside, inside.row(&s, copied.Raw))
+	return nil
+}
+
+func keep(newest map[*Table]map[string]*row, table *Table, r *row) {
+	states := newest[table]
+	if states == nil {
+		states = map[string]*row{}
+		newest[table] = states
+	}
+	if have := states[r.id]; have == nil || r.newer(have) {
+		states[r.id] = r
+	}
+}
+
+// embedded is the copy of another object inside an event, and its table.
+func embedded(t event.Type, raw string) (*Table, gjson.Result) {
+	switch t.Resource() {
+	case "organizationMembership":
+		if organization := gjson.Get(raw, "organization"); organization.IsObject() {
+			return organizationsTable, organization
+		}
+	case "session":
+		if user := gjson.Get(raw, "user"); user.IsObject() {
+			return usersTable, user
+		}
+	}
+	return nil, gjson.Result{}
+}
+
+// state is what a row holds besides the object.
+type state struct {
+	id, source, eventID, origin     string
+	version                         event.Version
+	createdAt, updatedAt, deletedAt int64 // ms, 0 for none
+	now                             time.Time
+}
+
+// row reads the object in one pass over its keys. raw must be clean.
+func (t *Table) row(s *state, raw string) *row {
+	const before = 2
+	values := make([]any, before+len(t.Columns)+len(common))
+	own := values[before : before+len(t.Columns)]
+	ranks := make([]uint8, len(t.Columns))
+	var primary primaries
+	gjson.Parse(raw).ForEach(func(key, value gjson.Result) bool {
+		for _, target := range t.targets[key.Str] {
+			found := value
+			if target.path != "" {
+				if !value.IsObject() {
+					continue
+				}
+				found = value.Get(target.path)
+			}
+			if ranks[target.column] != 0 && ranks[target.column] < target.rank {
+				continue // an earlier path has a value
+			}
+			if v := read(t.Columns[target.column].Kind, found); v != nil {
+				own[target.column], ranks[target.column] = v, target.rank
+			}
+		}
+		if t == usersTable {
+			primary.see(key.Str, value)
+		}
+		return true
+	})
+	if t == usersTable {
+		own[0], own[1], own[2] = primary.columns()
+	}
+	for i, c := range t.Columns {
+		if own[i] == nil && c.Kind == Bool {
+			own[i] = false
+		}
+	}
+	r := &row{id: s.id, version: s.version, values: values}
+	if t.ended >= 0 {
+		status, _ := own[t.status].(string)
+		r.ended = s.deletedAt != 0 || endedStatus[status]
+		own[t.ended] = r.ended
+	}
+	values[0], values[1] = s.id, s.source
+	copy(values[before+len(t.Columns):], []any{
+		timeOf(s.createdAt), timeOf(s.updatedAt), s.version.Version, s.version.SeenAt, timeOf(s.deletedAt),
+		raw, s.eventID, s.origin, s.now,
+	})
+	return r
+}
