@@ -13,10 +13,10 @@ import (
 
 	"go.uber.org/zap"
 
-	"github.com/usherhq/usher/reconciler"
 	"github.com/usherhq/usher/pkg/config"
 	"github.com/usherhq/usher/pkg/lifecycle"
 	"github.com/usherhq/usher/pkg/observe"
+	"github.com/usherhq/usher/reconciler"
 )
 
 func main() {

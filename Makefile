@@ -1,0 +1,89 @@
+# Bare `make` prints this list. Every recipe works from a fresh clone and asks nothing.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+MODULES  := pkg ingest worker reconciler console cli
+SERVICES := ingest worker reconciler console
+
+GOLANGCI_LINT_VERSION := 2.15.0
+GOLANGCI_LINT := .bin/golangci-lint-$(GOLANGCI_LINT_VERSION)
+
+# `make test` runs under the race detector, so that one run shows both. In CI no result is taken from the
+# cache, since tests start programs that the cache knows nothing of.
+TESTFLAGS ?= -race $(if $(CI),-count=1)
+PKG       ?= work
+FUZZTIME  ?= 10s
+BENCH     ?= .
+
+.PHONY: help
+help: ## print this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do printf '%-14s %s\n' "$$target" "$$text"; done
+
+.PHONY: build
+build: ## build usher and the services into bin/
+	@mkdir -p bin
+	CGO_ENABLED=0 go build -trimpath -o bin/ ./cli/cmd/usher $(foreach s,$(SERVICES),./$(s)/cmd/$(s))
+
+.PHONY: test
+test: ## run every test once with the race detector; installs what is missing (PostgreSQL, strace, a C compiler)
+	@./scripts/need postgres cc strace
+	go test -timeout 15m $(TESTFLAGS) $(PKG)
+
+.PHONY: race
+race: ## hunt for flaky tests: three times, shuffled, with the race detector
+	@./scripts/need postgres cc strace
+	go test -timeout 45m -race -count=3 -shuffle=on $(PKG)
+
+.PHONY: alone
+alone: ## vet, build and test each module without the workspace, as if it were the only one
+	@./scripts/need postgres strace
+	@for m in $(MODULES); do echo "--- $$m"; (cd $$m && GOWORK=off go vet ./... && GOWORK=off go build ./... && GOWORK=off go test -timeout 15m $(if $(CI),-count=1) ./...); done
+
+.PHONY: lint
+lint: $(GOLANGCI_LINT) ## run the linters and the import rules, and prove that the rules catch what they forbid
+	$(GOLANGCI_LINT) run $(foreach m,$(MODULES),./$(m)/...)
+	@./scripts/lint-rules $(GOLANGCI_LINT)
+
+.PHONY: format
+format: $(GOLANGCI_LINT) ## rewrite the code as the linter wants it formatted
+	$(GOLANGCI_LINT) fmt $(MODULES)
+
+# A linter of the right version that is already on the machine is taken; else it is built from source.
+$(GOLANGCI_LINT):
+	@mkdir -p .bin
+	@if have=$$(command -v golangci-lint) && golangci-lint version 2>/dev/null | grep -qF 'version $(GOLANGCI_LINT_VERSION) '; then \
+		echo "taking golangci-lint $(GOLANGCI_LINT_VERSION) from $$have"; cp "$$have" $@; \
+	else \
+		echo "building golangci-lint $(GOLANGCI_LINT_VERSION), once; this takes a few minutes"; \
+		GOBIN=$(CURDIR)/.bin go install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v$(GOLANGCI_LINT_VERSION) 2>&1 | sed -E 's#https?://[^/ "]+#…#g'; \
+		mv .bin/golangci-lint $@; \
+	fi
+
+.PHONY: verify
+verify: ## check go.mod, go.work, formatting, generated files, and what the binaries link
+	@./scripts/verify
+
+.PHONY: fuzz
+fuzz: ## run every fuzz target for FUZZTIME (10s)
+	@grep -rlE --include='*_test.go' '^func Fuzz' $(MODULES) | while read -r file; do \
+		grep -oE '^func Fuzz[A-Za-z0-9_]+' "$$file" | while read -r _ target; do \
+			echo "--- $$target in $$(dirname "$$file")"; \
+			go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) "./$$(dirname "$$file")" </dev/null; \
+		done; \
+	done
+
+.PHONY: bench
+bench: ## run the benchmarks; BENCH=regexp and PKG=./worker/... choose some
+	@./scripts/need postgres
+	go test -run '^$$' -bench '$(BENCH)' -benchmem -timeout 60m -p 1 $(PKG)
+
+.PHONY: demo
+demo: ## let an offline Clerk tell its story, and print the ledger
+	go run ./cli/cmd/usher dev --demo --exit
+
+.PHONY: clean
+clean: ## remove what was built, the linter too
+	rm -rf bin .bin dist
