@@ -128,10 +128,10 @@ func (w *Worker) Run(ctx context.Context) error {
 	}
 	err := backoffUntil(ctx, func() error {
 		err := database.CheckMigrated(ctx, w.deps.DB)
-		if err != nil && !database.IsInfrastructure(err) {
+		if errors.Is(err, database.ErrPending) || errors.Is(err, database.ErrNewer) {
 			return stopRetrying(err)
 		}
-		return err
+		return err //nolint:wrapcheck // wrapped below
 	}, func(err error, wait time.Duration) {
 		w.setTrouble(fmt.Errorf("database is away: %w", err))
 		w.deps.Log.Warn("waiting for the database", zap.Error(err), zap.Duration("delay", wait))

@@ -13,6 +13,7 @@ import (
 	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
 	"go.uber.org/zap"
+	"golang.org/x/crypto/bcrypt"
 
 	"github.com/usherhq/usher/pkg/stream"
 )
@@ -29,13 +30,18 @@ const brokerUser = "usher"
 // startBroker starts a nats-server in this process. It syncs every commit to disk before it acks, and
 // listens on a random loopback port, with a password, for the commands of the same machine.
 func startBroker(cfg brokerConfig, log *zap.Logger) (*server.Server, error) {
+	// The password is random and 26 characters long, so the cheapest hash is good enough.
+	hash, err := bcrypt.GenerateFromPassword([]byte(cfg.password), bcrypt.MinCost)
+	if err != nil {
+		return nil, fmt.Errorf("start the embedded broker: %w", err)
+	}
 	opts := &server.Options{
 		ServerName: "usher-embedded", Host: "127.0.0.1", Port: server.RANDOM_PORT,
 		JetStream: true, StoreDir: cfg.dir, SyncAlways: true,
 		JetStreamMaxStore: cfg.maxStore, JetStreamMaxMemory: 64 << 20,
 		// The largest body that ingest takes must fit with its headers.
 		MaxPayload: 1<<20 + stream.HeaderRoom,
-		Username:   brokerUser, Password: cfg.password,
+		Username:   brokerUser, Password: string(hash),
 		NoSigs: true,
 	}
 	srv, err := server.NewServer(opts)

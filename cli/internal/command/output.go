@@ -76,6 +76,17 @@ func printListing[T any](w io.Writer, o output, list listing[T], header []string
 	}
 }
 
+// printObject writes one value as JSON: indented, or on one line.
+func printObject(w io.Writer, o output, value any) error {
+	if o != outputNDJSON {
+		return printJSON(w, value)
+	}
+	if err := json.NewEncoder(w).Encode(value); err != nil {
+		return fmt.Errorf("print: %w", err)
+	}
+	return nil
+}
+
 // printJSON writes one indented JSON value.
 func printJSON(w io.Writer, value any) error {
 	enc := json.NewEncoder(w)

@@ -1,0 +1,74 @@
+package allinone
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/nats-io/nats.go/jetstream"
+	"gorm.io/gorm"
+
+	"github.com/usherhq/usher/pkg/database"
+	"github.com/usherhq/usher/pkg/stream"
+)
+
+// SetupReport is what Setup did and found. Its lists are never nil.
+type SetupReport struct {
+	Migrations Migrations `json:"migrations"`
+	Streams    Streams    `json:"streams"`
+}
+
+// Migrations of the database, by name and in order.
+type Migrations struct {
+	Applied []string `json:"applied"`
+	Pending []string `json:"pending"` // what a plan would apply
+}
+
+// Streams are the streams and consumers, such as "stream CLERK_EVENTS" and "consumer mirror".
+type Streams struct {
+	Present     []string            `json:"present"`
+	Created     []string            `json:"created"`
+	Missing     []string            `json:"missing"` // what a plan would create
+	Differences []stream.Difference `json:"differences"`
+}
+
+// Setup brings the database and the broker to what this program needs: it applies pending migrations and creates
+// missing streams and consumers. What exists on the broker is compared and never changed; a plan changes nothing
+// at all. It may run at any time and from several places at once. After an error the report holds what was done before it.
+func Setup(ctx context.Context, db *gorm.DB, js jetstream.JetStream, topology stream.Topology, plan bool) (SetupReport, error) {
+	report := SetupReport{
+		Migrations: Migrations{Applied: []string{}, Pending: []string{}},
+		Streams:    Streams{Present: []string{}, Created: []string{}, Missing: []string{}, Differences: []stream.Difference{}},
+	}
+	// The broker is asked before the database is changed: a setup that cannot end should not begin.
+	found, err := topology.Check(ctx, js)
+	if err != nil {
+		return report, fmt.Errorf("check streams: %w", err)
+	}
+	report.Streams.Present, report.Streams.Differences, report.Streams.Missing = found.Present, found.Differences, found.Missing
+	pending, err := database.Pending(ctx, db)
+	if err != nil {
+		return report, fmt.Errorf("check migrations: %w", err)
+	}
+	report.Migrations.Pending = append(report.Migrations.Pending, pending...)
+	if plan {
+		return report, nil
+	}
+
+	if len(pending) > 0 {
+		applied, err := database.Migrate(ctx, db)
+		report.Migrations.Applied = append(report.Migrations.Applied, applied...)
+		if err != nil {
+			return report, err //nolint:wrapcheck // says what it did
+		}
+		report.Migrations.Pending = []string{}
+	}
+	if len(found.Missing) > 0 {
+		made, err := topology.Ensure(ctx, js)
+		if err != nil {
+			return report, fmt.Errorf("create streams: %w", err)
+		}
+		report.Streams.Present, report.Streams.Differences = made.Present, made.Differences
+		report.Streams.Created, report.Streams.Missing = made.Missing, []string{}
+	}
+	return report, nil
+}

@@ -1,0 +1,166 @@
+package command
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+	"gorm.io/gorm"
+
+	"github.com/usherhq/usher/cli/internal/allinone"
+	"github.com/usherhq/usher/pkg/config"
+	"github.com/usherhq/usher/pkg/database"
+	"github.com/usherhq/usher/pkg/lifecycle"
+	"github.com/usherhq/usher/pkg/stream"
+)
+
+// reach finds the broker, the database and the ingest for a command: what a flag or the environment names comes first,
+// else the running instance of the data folder. It opens only what is asked for; close ends that.
+type reach struct {
+	cli      *cli
+	settings *config.Settings
+	// state is the running instance; stateErr says why there is none.
+	state    allinone.State
+	stateErr error
+	closers  lifecycle.Closers
+}
+
+func (c *cli) reach() (*reach, error) {
+	settings, err := c.settings()
+	if err != nil {
+		return nil, err
+	}
+	r := &reach{cli: c, settings: settings}
+	r.state, r.stateErr = allinone.ReadState(settings.DataDir)
+	return r, nil
+}
+
+func (r *reach) close() { _ = r.closers.Close() }
+
+// given tells whether the user named a setting for this command, rather than leaving it to the default.
+func (r *reach) given(setting string) bool {
+	origin := r.settings.Origin(setting)
+	return origin == "flag" || origin == "environment"
+}
+
+// broker connects to the broker. It does not wait for one that is away; a connection that is lost later comes back by
+// itself.
+func (r *reach) broker() (jetstream.JetStream, error) {
+	address := r.settings.NATSURL
+	if address == "" {
+		if r.stateErr != nil {
+			return nil, fmt.Errorf("find the broker: %w", r.stateErr)
+		}
+		address = r.state.NATSURL
+	}
+	log, err := r.cli.logger(r.settings)
+	if err != nil {
+		return nil, err
+	}
+	nc, err := stream.Connect(address, r.settings.NATSCreds, "ops", log, nats.RetryOnFailedConnect(false))
+	if err != nil {
+		where, cause := hostOf(address), err
+		var bad *url.Error
+		switch {
+		case errors.As(err, &bad): // its text repeats the URL, which may hold a password
+			cause = bad.Err
+		case errors.Is(err, nats.ErrNoServers):
+			return nil, fmt.Errorf("no broker answers at %s: check that it runs and that USHER_NATS_URL is right", where)
+		case errors.Is(err, nats.ErrAuthorization):
+			return nil, fmt.Errorf("the broker at %s refuses the user: check USHER_NATS_URL and USHER_NATS_CREDS", where)
+		}
+		return nil, fmt.Errorf("connect to the broker at %s: %w", where, cause)
+	}
+	r.closers.Add(func() error { nc.Close(); return nil })
+	return stream.JetStream(nc) //nolint:wrapcheck // says what it did
+}
+
+// hostOf names a broker's address without its credentials.
+func hostOf(address string) string {
+	var hosts []string
+	for part := range strings.SplitSeq(address, ",") {
+		part = strings.TrimSpace(part)
+		part = part[strings.LastIndex(part, "@")+1:]
+		if _, host, ok := strings.Cut(part, "://"); ok {
+			part = host
+		}
+		hosts = append(hosts, part)
+	}
+	return strings.Join(hosts, ",")
+}
+
+// databaseURL decides which database is meant. Whoever runs `usher dev` beside an application has the application's
+// DATABASE_URL in the environment; the running instance knows better.
+func (r *reach) databaseURL() (address, schema string) {
+	address, schema = r.settings.DatabaseURL, r.settings.DatabaseSchema
+	if r.given("USHER_DATABASE_URL") || r.stateErr != nil {
+		return address, schema
+	}
+	if r.state.DatabaseSchema != "" && !r.given("USHER_DATABASE_SCHEMA") {
+		schema = r.state.DatabaseSchema
+	}
+	return r.state.DatabaseURL, schema
+}
+
+// database opens the database as it is: a SQLite file is not created, and pending migrations are an error.
+func (r *reach) database(ctx context.Context) (*gorm.DB, error) {
+	address, schema := r.databaseURL()
+	if path, missing := missingFile(address); missing {
+		if r.settings.Origin("USHER_DATABASE_URL") == "default" && r.stateErr != nil {
+			return nil, fmt.Errorf("find the database: %s does not exist, and %w", path, r.stateErr)
+		}
+		return nil, fmt.Errorf("find the database: %s does not exist: check USHER_DATABASE_URL, or create it with `usher setup`", path)
+	}
+	db, err := r.open(ctx, address, schema)
+	if err != nil {
+		return nil, err
+	}
+	if err := database.CheckMigrated(ctx, db); err != nil {
+		return nil, err //nolint:wrapcheck // says what to do
+	}
+	return db, nil
+}
+
+func (r *reach) open(ctx context.Context, address, schema string) (*gorm.DB, error) {
+	db, err := database.Open(ctx, address, schema)
+	if err != nil {
+		return nil, err //nolint:wrapcheck // says what to do
+	}
+	r.closers.Add(func() error { return database.Close(db) })
+	return db, nil
+}
+
+// missingFile tells whether a database URL names a SQLite file that is not there.
+func missingFile(address string) (string, bool) {
+	path, ok := strings.CutPrefix(address, "sqlite:")
+	if !ok {
+		return "", false
+	}
+	path = strings.TrimPrefix(path, "//")
+	_, err := os.Stat(path)
+	return path, errors.Is(err, os.ErrNotExist)
+}
+
+// planDatabase is for looking only: where the SQLite file is not there yet, an empty one in a temporary folder stands for it.
+func (r *reach) planDatabase(ctx context.Context) (*gorm.DB, error) {
+	address, schema := r.databaseURL()
+	if _, missing := missingFile(address); missing {
+		dir, err := os.MkdirTemp("", "usher-plan-")
+		if err != nil {
+			return nil, fmt.Errorf("make temporary folder: %w", err)
+		}
+		r.closers.Add(func() error { return os.RemoveAll(dir) })
+		address = "sqlite:" + filepath.Join(dir, "usher.db")
+	}
+	return r.open(ctx, address, schema)
+}
+
+// requestTimeout bounds what a command that only looks may wait for one answer.
+const requestTimeout = 15 * time.Second

@@ -1,0 +1,559 @@
+package command
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/spf13/cobra"
+	"github.com/tidwall/gjson"
+	"gorm.io/gorm"
+
+	"github.com/usherhq/usher/pkg/database"
+	"github.com/usherhq/usher/pkg/event"
+	"github.com/usherhq/usher/pkg/stream"
+)
+
+func (c *cli) events() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:     "events",
+		Short:   "List, show and follow events",
+		Long:    "events reads what arrived: list and show from the delivery log, tail from the stream.",
+		Example: "  usher events list --type 'user.*' --since 24h\n  usher events show msg_…\n  usher events tail",
+		Args:    cobra.NoArgs,
+		RunE:    func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	cmd.AddCommand(c.eventsList(), c.eventsShow(), c.eventsTail())
+	return cmd
+}
+
+// delivery is what became of an event at one handler.
+type delivery struct {
+	EventID     string     `json:"-"`
+	Handler     string     `json:"handler"`
+	Status      string     `json:"status"`
+	Attempts    int        `json:"attempts"`
+	DurationMS  float64    `json:"duration_ms" gorm:"column:duration_ms"`
+	Error       string     `json:"error"`
+	Reason      string     `json:"reason"`
+	ProcessedAt *time.Time `json:"processed_at"`
+}
+
+// logged is one event. The broker and the database both know its head; deliveries are the database's.
+type logged struct {
+	ID         string    `json:"id" gorm:"column:event_id"`
+	Type       string    `json:"type"`
+	Source     string    `json:"source"`
+	Origin     string    `json:"origin"`
+	ObjectID   string    `json:"object_id"`
+	UserID     string    `json:"user_id"`
+	ReceivedAt time.Time `json:"received_at"`
+	StreamSeq  uint64    `json:"stream_seq"`
+}
+
+type listedEvent struct {
+	logged     `gorm:"embedded"`
+	Deliveries []delivery `json:"deliveries" gorm:"-"`
+}
+
+// baseHandler sees every event, so its rows are the list of events.
+const baseHandler = "mirror"
+
+var statuses = []string{"processed", "retrying", "dead", "discarded"}
+
+type listOptions struct {
+	typ     typePattern
+	user    string
+	source  string
+	status  string
+	handler string
+	since   since
+	limit   int
+	cursor  string
+	output  output
+}
+
+// maxLimit bounds one page.
+const maxLimit = 1000
+
+func (c *cli) eventsList() *cobra.Command {
+	var o listOptions
+	cmd := &cobra.Command{
+		Use:   "list",
+		Short: "List events and what became of them, newest first",
+		Long: "list reads the delivery log, so an event appears as soon as a handler had it in hand. --status and --handler select\n" +
+			"by what became of an event: at that handler, or at any where none is named.",
+		Example: "  usher events list --type 'user.*' --since 24h\n" +
+			"  usher events list --status dead --output json\n" +
+			"  usher events list --user user_… --limit 10",
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			switch {
+			case o.limit < 1 || o.limit > maxLimit:
+				return fmt.Errorf("--limit %d: want 1 to %d; --cursor goes on from page to page", o.limit, maxLimit)
+			case o.status != "" && !slices.Contains(statuses, o.status):
+				return fmt.Errorf("--status %q: want one of %s", o.status, strings.Join(statuses, ", "))
+			}
+			list, err := c.listEvents(cmd.Context(), o)
+			if err != nil {
+				return err
+			}
+			return printListing(c.env.Stdout, o.output, list, []string{"received", "id", "type", "user", "origin", "deliveries"}, func(e listedEvent) []string {
+				var became []string
+				for _, d := range e.Deliveries {
+					became = append(became, d.Handler+"="+d.Status)
+				}
+				return []string{timeText(e.ReceivedAt), e.ID, typeText(e.Type), cmp.Or(e.UserID, "-"), e.Origin, strings.Join(became, " ")}
+			})
+		},
+	}
+	f := cmd.Flags()
+	f.Var(&o.typ, "type", "only events of these types: user.created, 'user.*', '*.deleted'")
+	f.StringVar(&o.user, "user", "", "only events about this user `ID`")
+	f.StringVar(&o.source, "source", "", "only events of this source")
+	f.StringVar(&o.status, "status", "", "only events of this status: "+strings.Join(statuses, ", "))
+	f.StringVar(&o.handler, "handler", "", "only events that this handler had in hand")
+	f.Var(&o.since, "since", "only events received since then")
+	f.IntVar(&o.limit, "limit", 50, "events per page")
+	f.StringVar(&o.cursor, "cursor", "", "where the last page ended (its `next`)")
+	outputFlag(cmd, &o.output)
+	return cmd
+}
+
+func (c *cli) listEvents(ctx context.Context, o listOptions) (listing[listedEvent], error) {
+	var list listing[listedEvent]
+	r, err := c.reach()
+	if err != nil {
+		return list, err
+	}
+	defer r.close()
+	db, err := r.database(ctx)
+	if err != nil {
+		return list, err
+	}
+	// One snapshot, so that an event and its deliveries fit together.
+	err = database.InReadTx(ctx, db, func(tx *gorm.DB) error {
+		var err error
+		list, err = findEvents(tx, o)
+		return err
+	})
+	return list, err //nolint:wrapcheck // says what it did
+}
+
+// findEvents finds one page: events below the cursor in the order (received_at, event_id) downwards, one row more to
+// know whether a next page exists.
+func findEvents(tx *gorm.DB, o listOptions) (listing[listedEvent], error) {
+	var list listing[listedEvent]
+	q := o.typ.where(tx.Table("deliveries")).Where("handler = ?", cmp.Or(o.handler, baseHandler))
+	if o.user != "" {
+		q = q.Where("user_id = ?", o.user)
+	}
+	if o.source != "" {
+		q = q.Where("source = ?", o.source)
+	}
+	// The status stands in the text, not in a parameter (it is one of four words), so that the partial index of
+	// what is not processed serves.
+	switch {
+	case o.status != "" && o.handler != "":
+		q = q.Where("status = '" + o.status + "'")
+	case o.status == "processed":
+		q = q.Where("EXISTS (SELECT 1 FROM deliveries AS d WHERE d.event_id = deliveries.event_id AND d.status = 'processed' AND d.handler IN ?)", handlers(tx))
+	case o.status != "":
+		q = q.Where("event_id IN (SELECT event_id FROM deliveries WHERE status = '" + o.status + "')")
+	}
+	if !o.since.at.IsZero() {
+		q = q.Where("received_at >= ?", o.since.at.UTC())
+	}
+	if o.cursor != "" {
+		at, id, err := parseCursor(o.cursor)
+		if err != nil {
+			return list, err
+		}
+		q = q.Where("(received_at, event_id) < (?, ?)", at, id)
+	}
+	err := q.Select(loggedColumns).Order("received_at DESC, event_id DESC").Limit(o.limit + 1).Find(&list.Items).Error
+	if err != nil {
+		return list, fmt.Errorf("list events: %w", err)
+	}
+	if len(list.Items) > o.limit {
+		list.Items = list.Items[:o.limit]
+		last := list.Items[o.limit-1]
+		list.Next = newCursor(last.ReceivedAt, last.ID)
+	}
+	return list, addDeliveries(tx, list.Items)
+}
+
+const loggedColumns = "event_id, type, source, origin, object_id, user_id, received_at, stream_seq"
+
+// addDeliveries reads what every handler did with the events.
+func addDeliveries(tx *gorm.DB, events []listedEvent) error {
+	byID := map[string]*listedEvent{}
+	for i := range events {
+		events[i].ReceivedAt = events[i].ReceivedAt.UTC()
+		events[i].Deliveries = []delivery{}
+		byID[events[i].ID] = &events[i]
+	}
+	if len(events) == 0 {
+		return nil
+	}
+	ids := make([]string, len(events))
+	for i, e := range events {
+		ids[i] = e.ID
+	}
+	var found []delivery
+	err := tx.Table("deliveries").Where("handler IN ? AND event_id IN ?", handlers(tx), ids).Order("handler").Find(&found).Error
+	if err != nil {
+		return fmt.Errorf("read deliveries: %w", err)
+	}
+	for _, d := range found {
+		if d.ProcessedAt != nil {
+			at := d.ProcessedAt.UTC()
+			d.ProcessedAt = &at
+		}
+		e := byID[d.EventID]
+		e.Deliveries = append(e.Deliveries, d)
+	}
+	return nil
+}
+
+// handlers is a subquery for the names of all handlers in the log. The log's key begins with the handler, and it has
+// few: one step of the index each, where DISTINCT would read it all.
+func handlers(tx *gorm.DB) *gorm.DB {
+	return tx.Session(&gorm.Session{NewDB: true}).Raw(`WITH RECURSIVE h(name) AS (
+		SELECT min(handler) FROM deliveries
+		UNION ALL SELECT (SELECT min(handler) FROM deliveries WHERE handler > h.name) FROM h WHERE h.name IS NOT NULL
+	) SELECT name FROM h WHERE name IS NOT NULL`)
+}
+
+// A cursor is where a page ended. It is opaque to users.
+func newCursor(at time.Time, id string) string {
+	return base64.RawURLEncoding.EncodeToString([]byte(at.UTC().Format(time.RFC3339Nano) + " " + id))
+}
+
+func parseCursor(cursor string) (time.Time, string, error) {
+	text, err := base64.RawURLEncoding.DecodeString(cursor)
+	at, id, ok := strings.Cut(string(text), " ")
+	when, timeErr := time.Parse(time.RFC3339Nano, at)
+	if err != nil || !ok || timeErr != nil {
+		return time.Time{}, "", fmt.Errorf("--cursor: %q is not the `next` of a page", cursor)
+	}
+	return when, id, nil
+}
+
+// shownEvent is an event with its body.
+type shownEvent struct {
+	listedEvent
+	Body     json.RawMessage `json:"body"`      // as it was signed; a JSON string where it is no JSON, null where it is gone
+	BodyNote string          `json:"body_note"` // why there is none, or what was masked
+}
+
+func (c *cli) eventsShow() *cobra.Command {
+	var o output
+	cmd := &cobra.Command{
+		Use:   "show ID",
+		Short: "Show one event: its deliveries and its body",
+		Long: "show prints what every handler did with an event, and its body as it lies in the stream. Of mails and text messages\n" +
+			"the text, the codes and the links are masked. Exit code 1: there is no such event.",
+		Example: "  usher events show msg_2g7np7Hrk0SN6kj5EDMLDaKNL0S\n  usher events show msg_… --output json | jq .body.data",
+		Args:    cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			e, err := c.showEvent(cmd.Context(), args[0])
+			if errors.Is(err, gorm.ErrRecordNotFound) {
+				_, _ = fmt.Fprintf(c.env.Stderr, "There is no event %s in the delivery log: no handler had it in hand yet, or it never arrived.\n", args[0])
+				return errNo
+			}
+			if err != nil {
+				return err
+			}
+			if o != outputTable {
+				return printObject(c.env.Stdout, o, e)
+			}
+			return printEvent(c.env.Stdout, e)
+		},
+	}
+	outputFlag(cmd, &o)
+	return cmd
+}
+
+// showEvent finds an event; the error is gorm.ErrRecordNotFound where the log does not know it.
+func (c *cli) showEvent(ctx context.Context, id string) (shownEvent, error) {
+	var e shownEvent
+	r, err := c.reach()
+	if err != nil {
+		return e, err
+	}
+	defer r.close()
+	db, err := r.database(ctx)
+	if err != nil {
+		return e, err
+	}
+	err = database.InReadTx(ctx, db, func(tx *gorm.DB) error {
+		var found []listedEvent
+		err := tx.Table("deliveries").Where("handler IN ? AND event_id = ?", handlers(tx), id).
+			Select(loggedColumns).Order("handler").Limit(1).Find(&found).Error
+		if err != nil {
+			return fmt.Errorf("find event %s: %w", id, err)
+		}
+		if len(found) == 0 {
+			return gorm.ErrRecordNotFound
+		}
+		err = addDeliveries(tx, found)
+		e.listedEvent = found[0]
+		return err
+	})
+	if err != nil {
+		return e, err //nolint:wrapcheck // says what it did
+	}
+	e.Body, e.BodyNote = r.body(ctx, e.logged)
+	return e, nil
+}
+
+// body reads an event's body from the stream. What the log says is worth showing without it, so a reason takes the
+// place of an error.
+func (r *reach) body(ctx context.Context, e logged) (body json.RawMessage, note string) {
+	js, err := r.broker()
+	if err != nil {
+		return nil, "not read: " + err.Error()
+	}
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	msg, err := getMsg(ctx, js, e.StreamSeq)
+	switch {
+	case errors.Is(err, jetstream.ErrMsgNotFound):
+		return nil, "no longer in the stream (settled and past the retention time)"
+	case err != nil:
+		return nil, "not read: " + err.Error()
+	case cmp.Or(msg.Header.Get(stream.HeaderEventID), e.ID) != e.ID:
+		return nil, "no longer in the stream (another event has its place: the stream was made anew)"
+	}
+	return mask(event.Type(cmp.Or(e.Type, gjson.GetBytes(msg.Data, "type").String())), msg.Data)
+}
+
+func getMsg(ctx context.Context, js jetstream.JetStream, seq uint64) (*jetstream.RawStreamMsg, error) {
+	s, err := js.Stream(ctx, stream.Events)
+	if err != nil {
+		return nil, fmt.Errorf("look up stream %s: %w", stream.Events, err)
+	}
+	msg, err := s.GetMsg(ctx, seq)
+	if err != nil {
+		return nil, fmt.Errorf("read event %d: %w", seq, err)
+	}
+	return msg, nil
+}
+
+// mask hides what a mail or a text message told its receiver. Other bodies stay as they are.
+func mask(t event.Type, body []byte) (json.RawMessage, string) {
+	if !json.Valid(body) {
+		if hasSecrets(t) {
+			return nil, "withheld: a mail or text message that is no JSON cannot be masked"
+		}
+		text, err := json.Marshal(string(body))
+		if err != nil {
+			return nil, "not shown: " + err.Error()
+		}
+		return text, "no JSON"
+	}
+	if !hasSecrets(t) {
+		return body, ""
+	}
+	var envelope map[string]any
+	dec := json.NewDecoder(bytes.NewReader(body))
+	dec.UseNumber()
+	if err := dec.Decode(&envelope); err != nil {
+		return nil, "withheld: it cannot be masked"
+	}
+	data, ok := envelope["data"].(map[string]any)
+	if !ok {
+		envelope["data"] = masked
+	}
+	for _, field := range []string{"body", "body_plain", "message", "subject"} {
+		if data[field] != nil {
+			data[field] = masked
+		}
+	}
+	maskSecrets(data["data"])
+	out, err := json.Marshal(envelope)
+	if err != nil {
+		return nil, "withheld: it cannot be masked"
+	}
+	return out, "texts, codes and links are masked"
+}
+
+const masked = "(masked)"
+
+// secretKeys are parts of the names under which a template's data holds what opens an account.
+var secretKeys = []string{"otp", "code", "token", "ticket", "link", "action_url", "password"}
+
+func maskSecrets(value any) {
+	switch v := value.(type) {
+	case map[string]any:
+		for key, inner := range v {
+			isSecret := slices.ContainsFunc(secretKeys, func(part string) bool { return strings.Contains(strings.ToLower(key), part) })
+			if isSecret && inner != nil {
+				v[key] = masked
+				continue
+			}
+			maskSecrets(inner)
+		}
+	case []any:
+		for _, inner := range v {
+			maskSecrets(inner)
+		}
+	}
+}
+
+func printEvent(w io.Writer, e shownEvent) error {
+	t := newTable(w)
+	t.row("id", e.ID)
+	t.row("type", typeText(e.Type))
+	t.row("source", e.Source)
+	t.row("origin", e.Origin)
+	t.row("object", cmp.Or(e.ObjectID, "-"))
+	t.row("user", cmp.Or(e.UserID, "-"))
+	t.row("received", timeText(e.ReceivedAt))
+	t.row("stream sequence", strconv.FormatUint(e.StreamSeq, 10))
+	if err := t.Flush(); err != nil {
+		return fmt.Errorf("print: %w", err)
+	}
+	_, _ = fmt.Fprintln(w)
+	t = newTable(w, "handler", "status", "attempts", "processed", "ms", "reason", "error")
+	for _, d := range e.Deliveries {
+		at := "-"
+		if d.ProcessedAt != nil {
+			at = timeText(*d.ProcessedAt)
+		}
+		t.row(d.Handler, d.Status, strconv.Itoa(d.Attempts), at, strconv.FormatFloat(d.DurationMS, 'f', -1, 64), d.Reason, d.Error)
+	}
+	if err := t.Flush(); err != nil {
+		return fmt.Errorf("print: %w", err)
+	}
+	_, _ = fmt.Fprintln(w)
+	if e.BodyNote != "" {
+		_, _ = fmt.Fprintf(w, "body: %s\n", e.BodyNote)
+	}
+	if len(e.Body) == 0 {
+		return nil
+	}
+	var pretty bytes.Buffer
+	if err := json.Indent(&pretty, e.Body, "", "  "); err != nil {
+		return fmt.Errorf("print: %w", err)
+	}
+	_, _ = fmt.Fprintln(w, pretty.String())
+	return nil
+}
+
+// timeText is a time in a table: UTC, in ms, so that columns align and logs compare.
+func timeText(t time.Time) string { return t.UTC().Format("2006-01-02T15:04:05.000Z") }
+
+type tailOptions struct {
+	typ    typePattern
+	user   string
+	source string
+	since  since
+	limit  int
+	output output
+}
+
+func (c *cli) eventsTail() *cobra.Command {
+	var o tailOptions
+	cmd := &cobra.Command{
+		Use:   "tail",
+		Short: "Follow events as they arrive",
+		Long: "tail prints a line for every event that reaches the stream, from now on or from --since on, whatever the handlers make\n" +
+			"of it. It leaves no trace on the broker. It ends when interrupted (exit code 130) or after --limit events (0).",
+		Example: "  usher events tail\n  usher events tail --type 'session.*' --since 10m\n  usher events tail --user user_… --output ndjson --limit 5",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if o.limit < 0 {
+				return fmt.Errorf("--limit %d: want at least 1, or 0 for no limit", o.limit)
+			}
+			return c.tail(cmd.Context(), o)
+		},
+	}
+	f := cmd.Flags()
+	f.Var(&o.typ, "type", "only events of these types: user.created, 'user.*', '*.deleted'")
+	f.StringVar(&o.user, "user", "", "only events about this user `ID`")
+	f.StringVar(&o.source, "source", "", "only events of this source")
+	f.Var(&o.since, "since", "begin with the events stored since then")
+	f.IntVar(&o.limit, "limit", 0, "end after so many events (0: go on)")
+	outputFlag(cmd, &o.output)
+	return cmd
+}
+
+func (c *cli) tail(ctx context.Context, o tailOptions) error {
+	r, err := c.reach()
+	if err != nil {
+		return err
+	}
+	defer r.close()
+	js, err := r.broker()
+	if err != nil {
+		return err
+	}
+	cfg := jetstream.OrderedConsumerConfig{
+		FilterSubjects: []string{o.typ.subject(o.source, o.user)}, DeliverPolicy: jetstream.DeliverNewPolicy,
+	}
+	if !o.since.at.IsZero() {
+		cfg.DeliverPolicy, cfg.OptStartTime = jetstream.DeliverByStartTimePolicy, &o.since.at
+	}
+	consumer, err := js.OrderedConsumer(ctx, stream.Events, cfg)
+	if errors.Is(err, jetstream.ErrStreamNotFound) {
+		return stream.ErrSetup
+	}
+	if err != nil {
+		return fmt.Errorf("follow %s: %w", stream.Events, err)
+	}
+	iter, err := consumer.Messages()
+	if err != nil {
+		return fmt.Errorf("follow %s: %w", stream.Events, err)
+	}
+	defer iter.Stop()
+	_, _ = fmt.Fprintln(c.env.Stderr, "Following the events; Ctrl-C ends it.")
+	for n := 0; o.limit == 0 || n < o.limit; n++ {
+		msg, err := iter.Next(jetstream.NextContext(ctx))
+		if err != nil {
+			return fmt.Errorf("follow %s: %w", stream.Events, err)
+		}
+		meta, err := msg.Metadata()
+		if err != nil {
+			return fmt.Errorf("follow %s: %w", stream.Events, err)
+		}
+		if err := printTailed(c.env.Stdout, o.output, headOf(msg, meta)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// headOf is what a line says of an event; a body that cannot be decoded has its headers.
+func headOf(msg jetstream.Msg, meta *jetstream.MsgMetadata) logged {
+	e, _ := stream.Parse(msg.Headers(), msg.Data(), meta.Sequence.Stream)
+	if e.ReceivedAt.IsZero() {
+		e.ReceivedAt = meta.Timestamp
+	}
+	return logged{
+		ID: e.ID, Type: string(e.Type), Source: e.Source, Origin: string(e.Origin), ObjectID: e.Object.ID, UserID: e.Object.UserID,
+		ReceivedAt: e.ReceivedAt.UTC(), StreamSeq: meta.Sequence.Stream,
+	}
+}
+
+func printTailed(w io.Writer, o output, e logged) error {
+	if o != outputTable { // a stream has no end to close a list with
+		return printObject(w, outputNDJSON, e)
+	}
+	_, err := fmt.Fprintf(w, "%s  %-31s  %-32s  %-32s  %s\n", timeText(e.ReceivedAt), e.ID, typeText(e.Type), cmp.Or(e.UserID, "-"), e.Origin)
+	if err != nil { // the reader has gone
+		return fmt.Errorf("print: %w", err)
+	}
+	return nil
+}
