@@ -53,7 +53,7 @@ func TestStoryGoesOnWhereItWasLeft(t *testing.T) {
 
 func TestSmallStoriesCoverEveryType(t *testing.T) {
 	t.Parallel()
-	for seed := range uint64(60) {
+	for seed := range uint64(25) {
 		_, events := story(emulator.Config{Seed: seed}, 20)
 		seen := map[string]bool{}
 		for _, e := range events {
@@ -154,7 +154,7 @@ func TestShapesAreThoseOfTheCanonicalPayloads(t *testing.T) {
 
 func TestNewestEventsGiveTheState(t *testing.T) {
 	t.Parallel()
-	for seed := range uint64(10) {
+	for seed := range uint64(3) {
 		clerk, events := story(emulator.Config{Seed: seed}, 150)
 		type row struct {
 			version event.Version

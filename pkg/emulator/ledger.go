@@ -103,10 +103,10 @@ func (l *Ledger) sent(id, typ string) int32 {
 		l.names = append(l.names, typ)
 		l.counts = append(l.counts, Count{})
 	}
-	i := int32(len(l.entries)) //nolint:gosec // memory ends before two billion
+	i := int32(len(l.entries))
 	l.index[id] = i
 	l.ids = append(l.ids, id)
-	l.entries = append(l.entries, entry{typ: uint16(t)}) //nolint:gosec // there are not so many types
+	l.entries = append(l.entries, entry{typ: uint16(t)})
 	l.add(i, func(c *Count) { c.Sent++ })
 	return i
 }
@@ -128,7 +128,7 @@ func (l *Ledger) answered(i int32, status int, duplicate bool, took time.Duratio
 	defer l.mu.Unlock()
 	e := &l.entries[i]
 	e.attempts++
-	e.status = int16(status) //nolint:gosec // three digits
+	e.status = int16(status)
 	ok := status >= 200 && status < 300
 	first := ok && e.outcome != Accepted
 	if first {

@@ -3,6 +3,7 @@ package emulator
 import (
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -92,7 +93,10 @@ var cast = []script{
 	{phone: true, chapters: []chapter{(*life).addEmail, (*life).leave}},
 	{chapters: []chapter{(*life).onboard, (*life).upgrade, (*life).found, (*life).leave}},
 	{waitlist: true, pending: true, chapters: []chapter{(*life).oddMetadata}},
-	{}, {}, {}, {},
+	{},
+	{},
+	{},
+	{},
 }
 
 // often is what people do, the more often the more common.
@@ -154,7 +158,7 @@ func (c *Clerk) openInstance() {
 func (c *Clerk) begin(number int) {
 	n := c.rng.IntN(len(latin))
 	by := clients[c.rng.IntN(len(clients))]
-	by.ip += fmt.Sprint(1 + c.rng.IntN(254))
+	by.ip += strconv.Itoa(1 + c.rng.IntN(254))
 	l := &life{c: c, client: by, name: fmt.Sprintf("%s.%d", latin[n], number+1), host: hosts[c.rng.IntN(len(hosts))]}
 	var s script
 	if number < len(cast) {
