@@ -6,9 +6,9 @@
 // schedule (in time that can be compressed), with faults by name and a [Ledger] of what was sent and
 // answered. [Load] sends as fast as it can, for benchmarks and kill tests.
 //
-// The package refuses to guess where Clerk's behaviour is not known: every change of an object is
-// announced by an event of its own, so its state never differs from what was announced. It writes
-// no database and never calls Clerk or Svix.
+// Where Clerk's behaviour is not known, the emulator rather announces too much: every change of an object has
+// an event of its own, also what follows from a deletion, so its state never differs from what was announced.
+// The package writes no database and never calls Clerk or Svix.
 package emulator
 
 import (
