@@ -207,7 +207,10 @@ func (l *loop) apply(ctx context.Context, batch []*delivery) {
 // the commit everything is acked.
 func (l *loop) attempt(ctx context.Context, batch []*delivery) error {
 	start := time.Now()
-	handleCtx, cancel := context.WithTimeout(ctx, l.cfg.HandleTimeout)
+	// A batch that has begun is finished when the worker stops, within the grace period.
+	finish, release := withGrace(ctx, stopGrace)
+	defer release()
+	handleCtx, cancel := context.WithTimeout(finish, l.cfg.HandleTimeout)
 	defer cancel()
 	var todo []*delivery
 	err := database.InTx(handleCtx, l.db, func(tx *gorm.DB) error {
@@ -243,7 +246,7 @@ func (l *loop) attempt(ctx context.Context, batch []*delivery) error {
 		return nil
 	})
 	if err != nil {
-		if ctx.Err() == nil && handleCtx.Err() != nil && errors.Is(handleCtx.Err(), context.DeadlineExceeded) {
+		if finish.Err() == nil && errors.Is(handleCtx.Err(), context.DeadlineExceeded) {
 			return fmt.Errorf("%w (%s): %w", errTimeout, l.cfg.HandleTimeout, err)
 		}
 		return err //nolint:wrapcheck // the chain already says it
@@ -263,6 +266,22 @@ func (l *loop) attempt(ctx context.Context, batch []*delivery) error {
 	}
 	l.log.Debug("batch applied", zap.Int("events", len(todo)), zap.Int("duplicates", len(batch)-len(todo)), zap.Duration("duration", time.Since(start)))
 	return nil
+}
+
+// stopGrace is how long a batch that has begun may go on after the worker was told to stop.
+const stopGrace = 10 * time.Second
+
+// withGrace returns a context that ends a while after its parent. The function releases it.
+func withGrace(parent context.Context, grace time.Duration) (context.Context, func()) {
+	ctx, cancel := context.WithCancel(context.WithoutCancel(parent))
+	var timer *time.Timer
+	stop := context.AfterFunc(parent, func() { timer = time.AfterFunc(grace, cancel) })
+	return ctx, func() {
+		if !stop() && timer != nil {
+			timer.Stop()
+		}
+		cancel()
+	}
 }
 
 // handle calls the handler and turns a panic into that batch's error.

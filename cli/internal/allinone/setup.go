@@ -2,6 +2,7 @@ package allinone
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -64,6 +65,10 @@ func Setup(ctx context.Context, db *gorm.DB, js jetstream.JetStream, topology st
 	}
 	if len(found.Missing) > 0 {
 		made, err := topology.Ensure(ctx, js)
+		var api *jetstream.APIError
+		if errors.As(err, &api) && api.ErrorCode == noStorage {
+			return report, fmt.Errorf("create streams: the broker has no room for streams of USHER_STREAM_MAX_BYTES and a tenth more: lower it, or give the broker more (%w)", err)
+		}
 		if err != nil {
 			return report, fmt.Errorf("create streams: %w", err)
 		}
@@ -72,3 +77,6 @@ func Setup(ctx context.Context, db *gorm.DB, js jetstream.JetStream, topology st
 	}
 	return report, nil
 }
+
+// noStorage is the broker's answer to a stream that is larger than its max_file_store (nats-server server/errors.json).
+const noStorage jetstream.ErrorCode = 10047

@@ -49,8 +49,8 @@ type delivery struct {
 	ProcessedAt *time.Time `json:"processed_at"`
 }
 
-// logged is one event. The broker and the database both know its head; deliveries are the database's.
-type logged struct {
+// Head is what one event is. GORM embeds exported types only.
+type Head struct {
 	ID         string    `json:"id" gorm:"column:event_id"`
 	Type       string    `json:"type"`
 	Source     string    `json:"source"`
@@ -62,7 +62,7 @@ type logged struct {
 }
 
 type listedEvent struct {
-	logged     `gorm:"embedded"`
+	Head     `gorm:"embedded"`
 	Deliveries []delivery `json:"deliveries" gorm:"-"`
 }
 
@@ -167,7 +167,7 @@ func findEvents(tx *gorm.DB, o listOptions) (listing[listedEvent], error) {
 	case o.status != "" && o.handler != "":
 		q = q.Where("status = '" + o.status + "'")
 	case o.status == "processed":
-		q = q.Where("EXISTS (SELECT 1 FROM deliveries AS d WHERE d.event_id = deliveries.event_id AND d.status = 'processed' AND d.handler IN ?)", handlers(tx))
+		q = q.Where("EXISTS (SELECT 1 FROM deliveries AS d WHERE d.event_id = deliveries.event_id AND d.status = 'processed' AND d.handler IN (?))", handlers(tx))
 	case o.status != "":
 		q = q.Where("event_id IN (SELECT event_id FROM deliveries WHERE status = '" + o.status + "')")
 	}
@@ -181,7 +181,7 @@ func findEvents(tx *gorm.DB, o listOptions) (listing[listedEvent], error) {
 		}
 		q = q.Where("(received_at, event_id) < (?, ?)", at, id)
 	}
-	err := q.Select(loggedColumns).Order("received_at DESC, event_id DESC").Limit(o.limit + 1).Find(&list.Items).Error
+	err := q.Select(headColumns).Order("received_at DESC, event_id DESC").Limit(o.limit + 1).Find(&list.Items).Error
 	if err != nil {
 		return list, fmt.Errorf("list events: %w", err)
 	}
@@ -193,7 +193,7 @@ func findEvents(tx *gorm.DB, o listOptions) (listing[listedEvent], error) {
 	return list, addDeliveries(tx, list.Items)
 }
 
-const loggedColumns = "event_id, type, source, origin, object_id, user_id, received_at, stream_seq"
+const headColumns = "event_id, type, source, origin, object_id, user_id, received_at, stream_seq"
 
 // addDeliveries reads what every handler did with the events.
 func addDeliveries(tx *gorm.DB, events []listedEvent) error {
@@ -211,7 +211,7 @@ func addDeliveries(tx *gorm.DB, events []listedEvent) error {
 		ids[i] = e.ID
 	}
 	var found []delivery
-	err := tx.Table("deliveries").Where("handler IN ? AND event_id IN ?", handlers(tx), ids).Order("handler").Find(&found).Error
+	err := tx.Table("deliveries").Where("handler IN (?) AND event_id IN ?", handlers(tx), ids).Order("handler").Find(&found).Error
 	if err != nil {
 		return fmt.Errorf("read deliveries: %w", err)
 	}
@@ -299,8 +299,8 @@ func (c *cli) showEvent(ctx context.Context, id string) (shownEvent, error) {
 	}
 	err = database.InReadTx(ctx, db, func(tx *gorm.DB) error {
 		var found []listedEvent
-		err := tx.Table("deliveries").Where("handler IN ? AND event_id = ?", handlers(tx), id).
-			Select(loggedColumns).Order("handler").Limit(1).Find(&found).Error
+		err := tx.Table("deliveries").Where("handler IN (?) AND event_id = ?", handlers(tx), id).
+			Select(headColumns).Order("handler").Limit(1).Find(&found).Error
 		if err != nil {
 			return fmt.Errorf("find event %s: %w", id, err)
 		}
@@ -314,13 +314,13 @@ func (c *cli) showEvent(ctx context.Context, id string) (shownEvent, error) {
 	if err != nil {
 		return e, err //nolint:wrapcheck // says what it did
 	}
-	e.Body, e.BodyNote = r.body(ctx, e.logged)
+	e.Body, e.BodyNote = r.body(ctx, e.Head)
 	return e, nil
 }
 
 // body reads an event's body from the stream. What the log says is worth showing without it, so a reason takes the
 // place of an error.
-func (r *reach) body(ctx context.Context, e logged) (body json.RawMessage, note string) {
+func (r *reach) body(ctx context.Context, e Head) (body json.RawMessage, note string) {
 	js, err := r.broker()
 	if err != nil {
 		return nil, "not read: " + err.Error()
@@ -536,18 +536,18 @@ func (c *cli) tail(ctx context.Context, o tailOptions) error {
 }
 
 // headOf is what a line says of an event; a body that cannot be decoded has its headers.
-func headOf(msg jetstream.Msg, meta *jetstream.MsgMetadata) logged {
+func headOf(msg jetstream.Msg, meta *jetstream.MsgMetadata) Head {
 	e, _ := stream.Parse(msg.Headers(), msg.Data(), meta.Sequence.Stream)
 	if e.ReceivedAt.IsZero() {
 		e.ReceivedAt = meta.Timestamp
 	}
-	return logged{
+	return Head{
 		ID: e.ID, Type: string(e.Type), Source: e.Source, Origin: string(e.Origin), ObjectID: e.Object.ID, UserID: e.Object.UserID,
 		ReceivedAt: e.ReceivedAt.UTC(), StreamSeq: meta.Sequence.Stream,
 	}
 }
 
-func printTailed(w io.Writer, o output, e logged) error {
+func printTailed(w io.Writer, o output, e Head) error {
 	if o != outputTable { // a stream has no end to close a list with
 		return printObject(w, outputNDJSON, e)
 	}
