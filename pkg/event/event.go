@@ -3,12 +3,14 @@
 // It decodes the envelope of a webhook once and cheaply, finds the person an event is about, and
 // gives every event the version by which rows are ordered. It guarantees that decoding never
 // fails for an unknown type, an unknown field or a field of an unexpected type: only a body that
-// is not a JSON object, or that lacks type or data, is [ErrMalformed]. It knows no database, no
+// is not a JSON object (or nested deeper than encoding/json goes, 10,000 levels), or that lacks type or
+// data, is [ErrMalformed]. It knows no database, no
 // broker and no network, and imports only the standard library.
 package event
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -113,142 +115,93 @@ func Millis(ts int64) int64 {
 	return max(ts, 0)
 }
 
-// number reads an integer leniently: 12, 12.0, 1.2e1 and "12" are 12, all else is 0.
-type number int64
-
-func (n *number) UnmarshalJSON(b []byte) error {
-	b = bytes.Trim(b, `"`)
-	if i, err := json.Number(b).Int64(); err == nil {
-		*n = number(i)
-	} else if f, err := json.Number(b).Float64(); err == nil && f > -1e18 && f < 1e18 {
-		*n = number(f)
-	}
-	return nil
-}
-
-// text reads a string leniently: anything else is "".
-type text string
-
-func (t *text) UnmarshalJSON(b []byte) error {
-	var s string
-	if json.Unmarshal(b, &s) == nil {
-		*t = text(s)
-	}
-	return nil
-}
-
-// flag reads a bool leniently: anything but true is false.
-type flag bool
-
-func (f *flag) UnmarshalJSON(b []byte) error {
-	*f = string(b) == "true"
-	return nil
-}
-
-// ref is a nested object of which only an id matters; anything that is not an object is no id.
-type ref struct {
-	ID, UserID, OrgID text
-}
-
-func (r *ref) UnmarshalJSON(b []byte) error {
-	var v struct {
-		ID     text `json:"id"`
-		UserID text `json:"user_id"`
-		OrgID  text `json:"organization_id"`
-	}
-	if json.Unmarshal(b, &v) == nil {
-		r.ID, r.UserID, r.OrgID = v.ID, v.UserID, v.OrgID
-	}
-	return nil
-}
-
-type envelope struct {
-	Type       text            `json:"type"`
-	Data       json.RawMessage `json:"data"`
-	Timestamp  number          `json:"timestamp"`
-	InstanceID text            `json:"instance_id"`
-}
-
-type head struct {
-	ID             text   `json:"id"`
-	UserID         text   `json:"user_id"`
-	CreatedBy      text   `json:"created_by"`
-	InviterID      text   `json:"inviter_id"`
-	OrganizationID text   `json:"organization_id"`
-	LastActiveOrg  text   `json:"last_active_organization_id"`
-	User           ref    `json:"user"`
-	Organization   ref    `json:"organization"`
-	PublicUserData ref    `json:"public_user_data"`
-	Payer          ref    `json:"payer"`
-	CreatedAt      number `json:"created_at"`
-	UpdatedAt      number `json:"updated_at"`
-	Deleted        flag   `json:"deleted"`
-}
-
 // Decode reads the envelope of one webhook body. It requires a JSON object with a non-empty type
-// and an object as data; everything else may be absent, null or odd. ID, Source, Origin, ReceivedAt
-// and Seq are the caller's to fill in: the body does not hold them. The result keeps body.
+// and an object as data; everything else may be absent, null or odd. Names count as they are written, and
+// of a repeated name the last. ID, Source, Origin, ReceivedAt and Seq are the caller's to fill in: the body
+// does not hold them. The result keeps body.
 func Decode(body []byte) (Event, error) {
-	var env envelope
-	if err := json.Unmarshal(body, &env); err != nil {
-		return Event{}, fmt.Errorf("%w: %w", ErrMalformed, err)
+	if !json.Valid(body) {
+		// Only to say what is wrong with it, and where.
+		return Event{}, fmt.Errorf("%w: %w", ErrMalformed, json.Unmarshal(body, new(json.RawMessage)))
 	}
-	if env.Type == "" {
+	body, raw := bytes.TrimLeft(body, " \t\r\n"), body
+	if body[0] != '{' {
+		return Event{}, fmt.Errorf("%w: not an object", ErrMalformed)
+	}
+	e := Event{Raw: raw}
+	for name, value := range members(body) {
+		switch string(name) {
+		case "type":
+			e.Type = Type(text(value))
+		case "data":
+			e.Data = value
+		case "timestamp":
+			e.Timestamp = Millis(number(value))
+		case "instance_id":
+			e.InstanceID = text(value)
+		}
+	}
+	if e.Type == "" {
 		return Event{}, fmt.Errorf("%w: type is missing", ErrMalformed)
 	}
-	if len(env.Data) == 0 || env.Data[0] != '{' {
+	if len(e.Data) == 0 || e.Data[0] != '{' {
 		return Event{}, fmt.Errorf("%w: data is missing or not an object", ErrMalformed)
 	}
-	var h head
-	if err := json.Unmarshal(env.Data, &h); err != nil {
-		return Event{}, fmt.Errorf("%w: data: %w", ErrMalformed, err)
-	}
-	e := Event{
-		Type:       Type(env.Type),
-		InstanceID: string(env.InstanceID),
-		Timestamp:  Millis(int64(env.Timestamp)),
-		Data:       env.Data,
-		Raw:        body,
-	}
-	e.Object = objectOf(e.Type, &h)
+	e.Object = objectOf(e.Type, e.Data)
 	return e, nil
 }
 
-// objectOf finds the user and the organization of an event, which Clerk keeps in another place
+// objectOf finds the head of an object, with the user and the organization that Clerk keeps in another place
 // for each resource.
-func objectOf(t Type, h *head) Object {
-	o := Object{
-		ID:        string(h.ID),
-		CreatedAt: Millis(int64(h.CreatedAt)),
-		UpdatedAt: Millis(int64(h.UpdatedAt)),
-		Deleted:   bool(h.Deleted) || t.Deleted(),
-	}
-	var user, org text
-	switch t.Resource() {
-	case "user":
-		user = h.ID
-	case "organization":
-		user, org = h.CreatedBy, h.ID
-	case "session":
-		user, org = first(h.UserID, h.User.ID), h.LastActiveOrg
-	case "organizationMembership":
-		user, org = first(h.PublicUserData.UserID, h.UserID), first(h.Organization.ID, h.OrganizationID)
-	case "organizationInvitation":
-		user, org = first(h.UserID, h.InviterID), h.OrganizationID
-	case "subscription", "subscriptionItem", "paymentAttempt":
-		user, org = h.Payer.UserID, h.Payer.OrgID
-	default: // e-mail, SMS, domains, and what Clerk adds tomorrow
-		user, org = h.UserID, h.OrganizationID
-	}
-	o.UserID, o.OrgID = string(user), string(org)
-	return o
-}
-
-func first(values ...text) text {
-	for _, v := range values {
-		if v != "" {
-			return v
+func objectOf(t Type, data []byte) Object {
+	o := Object{Deleted: t.Deleted()}
+	var userID, createdBy, inviterID, orgID, lastActiveOrg, user, org, publicUserData, payer []byte
+	for name, value := range members(data) {
+		switch string(name) {
+		case "id":
+			o.ID = text(value)
+		case "created_at":
+			o.CreatedAt = Millis(number(value))
+		case "updated_at":
+			o.UpdatedAt = Millis(number(value))
+		case "deleted":
+			o.Deleted = t.Deleted() || string(value) == "true"
+		case "user_id":
+			userID = value
+		case "created_by":
+			createdBy = value
+		case "inviter_id":
+			inviterID = value
+		case "organization_id":
+			orgID = value
+		case "last_active_organization_id":
+			lastActiveOrg = value
+		case "user":
+			user = value
+		case "organization":
+			org = value
+		case "public_user_data":
+			publicUserData = value
+		case "payer":
+			payer = value
 		}
 	}
-	return ""
+	switch t.Resource() {
+	case "user":
+		o.UserID = o.ID
+	case "organization":
+		o.UserID, o.OrgID = text(createdBy), o.ID
+	case "session":
+		o.UserID, o.OrgID = cmp.Or(text(userID), textIn(user, "id")), text(lastActiveOrg)
+	case "organizationMembership":
+		o.UserID = cmp.Or(textIn(publicUserData, "user_id"), text(userID))
+		o.OrgID = cmp.Or(textIn(org, "id"), text(orgID))
+	case "organizationInvitation":
+		o.UserID, o.OrgID = cmp.Or(text(userID), text(inviterID)), text(orgID)
+	case "subscription", "subscriptionItem", "paymentAttempt":
+		o.UserID, o.OrgID = textIn(payer, "user_id"), textIn(payer, "organization_id")
+	default: // e-mail, SMS, domains, and what Clerk adds tomorrow
+		o.UserID, o.OrgID = text(userID), text(orgID)
+	}
+	return o
 }
