@@ -1,0 +1,129 @@
+package mirror_test
+
+import (
+	"context"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
+	"gorm.io/gorm"
+
+	"github.com/usherhq/usher/pkg/database"
+	"github.com/usherhq/usher/pkg/dbtest"
+	"github.com/usherhq/usher/pkg/event"
+	"github.com/usherhq/usher/pkg/mirror"
+)
+
+var update = flag.Bool("update", false, "write the golden files anew")
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m, dbtest.IgnoreLeaks()...) }
+
+// decode makes an event of a body as ingest would store it.
+func decode(t testing.TB, id string, body []byte) event.Event {
+	t.Helper()
+	e, err := event.Decode(body)
+	require.NoError(t, err)
+	e.ID, e.Source, e.Origin, e.ReceivedAt = id, "clerk", event.OriginWebhook, time.UnixMilli(1_768_500_000_000).UTC()
+	return e
+}
+
+// bodyOf is the body of an event with an object of these fields.
+func bodyOf(t testing.TB, typ string, timestamp int64, data map[string]any) []byte {
+	t.Helper()
+	body, err := json.Marshal(map[string]any{"type": typ, "timestamp": timestamp, "object": "event", "instance_id": "ins_1", "data": data})
+	require.NoError(t, err)
+	return body
+}
+
+func apply(t testing.TB, db *gorm.DB, batch ...event.Event) {
+	t.Helper()
+	require.NoError(t, tryApply(t.Context(), db, batch...))
+}
+
+func tryApply(ctx context.Context, db *gorm.DB, batch ...event.Event) error {
+	return database.InTx(ctx, db, func(tx *gorm.DB) error { return mirror.Apply(ctx, tx, batch) })
+}
+
+// dump is every row of every table as text: times as RFC 3339 with ms, JSON with sorted keys, synced_at left out. It is the same for
+// both databases.
+func dump(t testing.TB, db *gorm.DB) string {
+	t.Helper()
+	var out strings.Builder
+	for _, table := range mirror.Tables() {
+		kinds := map[string]mirror.Kind{
+			"clerk_created_at": mirror.Time, "clerk_updated_at": mirror.Time, "deleted_at": mirror.Time,
+			"version": mirror.Int, "seen_at": mirror.Int, "raw": mirror.JSON,
+		}
+		columns := []string{"id", "source"}
+		for _, c := range table.Columns {
+			columns, kinds[c.Name] = append(columns, c.Name), c.Kind
+		}
+		for _, name := range mirror.Common()[2:] {
+			if name != "synced_at" {
+				columns = append(columns, name)
+			}
+		}
+		rows, err := db.Raw("SELECT " + strings.Join(columns, ", ") + " FROM " + table.Name + " ORDER BY id").Rows()
+		require.NoError(t, err)
+		for rows.Next() {
+			values, targets := make([]any, len(columns)), make([]any, len(columns))
+			for i := range values {
+				targets[i] = &values[i]
+			}
+			require.NoError(t, rows.Scan(targets...))
+			fmt.Fprintf(&out, "%s %s\n", table.Name, values[0])
+			for i, name := range columns[1:] {
+				fmt.Fprintf(&out, "  %s: %s\n", name, show(t, kinds[name], values[i+1]))
+			}
+		}
+		require.NoError(t, rows.Err())
+		require.NoError(t, rows.Close())
+	}
+	return out.String()
+}
+
+func show(t testing.TB, kind mirror.Kind, value any) string {
+	t.Helper()
+	if bytes, ok := value.([]byte); ok {
+		value = string(bytes)
+	}
+	switch {
+	case value == nil:
+		return "null"
+	case kind == mirror.Time:
+		at, ok := value.(time.Time)
+		require.True(t, ok, "%T %v is no time", value, value)
+		require.Equal(t, time.UTC, at.Location())
+		return at.Format("2006-01-02T15:04:05.000Z07:00")
+	case kind == mirror.Bool:
+		if n, ok := value.(int64); ok {
+			value = n != 0
+		}
+		return fmt.Sprint(value)
+	case kind == mirror.JSON:
+		text, ok := value.(string)
+		require.True(t, ok)
+		decoder := json.NewDecoder(strings.NewReader(text))
+		decoder.UseNumber()
+		var v any
+		require.NoError(t, decoder.Decode(&v), text)
+		canonical, err := json.Marshal(v)
+		require.NoError(t, err)
+		return string(canonical)
+	case kind == mirror.Int:
+		return fmt.Sprint(value)
+	default:
+		return fmt.Sprintf("%q", value)
+	}
+}
+
+// databases are the two kinds, for tests that are more than one subtest each.
+var databases = []struct {
+	name string
+	open func(testing.TB) *gorm.DB
+}{{"postgres", dbtest.Postgres}, {"sqlite", dbtest.SQLite}}
