@@ -51,6 +51,10 @@ type Publisher struct {
 	closing chan struct{}
 	once    sync.Once
 	done    chan struct{}
+	plain   sync.WaitGroup // publishes past the queue
+	mu      sync.RWMutex   // orders the last Add to plain before Close waits
+
+	noBatchUntil time.Time // only the commit loop uses it
 }
 
 type item struct {
@@ -77,7 +81,13 @@ func NewPublisher(js jetstream.JetStream, replicas int) *Publisher {
 	if p.grouped {
 		go p.commitLoop()
 	} else {
-		close(p.done)
+		go func() {
+			defer close(p.done)
+			<-p.closing
+			p.mu.Lock() // whoever saw the publisher open is counted now
+			p.mu.Unlock()
+			p.plain.Wait()
+		}()
 	}
 	return p
 }
@@ -90,6 +100,10 @@ func (p *Publisher) Publish(ctx context.Context, e *event.Event) (Ack, error) {
 		return Ack{Duplicate: true}, nil
 	}
 	if !p.grouped {
+		if !p.enter() {
+			return Ack{}, ErrClosed
+		}
+		defer p.plain.Done()
 		return p.publishOne(ctx, e)
 	}
 	it := &item{ctx: ctx, event: e, done: make(chan result, 1)}
@@ -117,6 +131,19 @@ func (p *Publisher) Publish(ctx context.Context, e *event.Event) (Ack, error) {
 		default:
 			return Ack{}, ErrClosed
 		}
+	}
+}
+
+// enter counts a publish past the queue, unless the publisher is closing.
+func (p *Publisher) enter() bool {
+	p.mu.RLock()
+	defer p.mu.RUnlock()
+	select {
+	case <-p.closing:
+		return false
+	default:
+		p.plain.Add(1)
+		return true
 	}
 }
 
@@ -191,18 +218,37 @@ func (p *Publisher) commit(group []*item) {
 			f.done <- r
 		}
 	}
-	if len(todo) >= minBatch && p.commitBatch(todo) {
-		for _, it := range todo {
-			answer(it, result{})
-		}
-		return
-	}
-	p.commitEach(todo, answer)
+	p.commitAll(todo, answer)
 }
 
-// commitBatch stores all in one atomic batch; false means that it is not known to be stored, whatever the
-// reason (a duplicate inside, no room, a time-out), and that each must be published by itself.
-func (p *Publisher) commitBatch(items []*item) bool {
+// commitAll stores items in as few batches as it can. The broker refuses all of a batch for one event that it
+// has, without saying which, so a refused one is cut in halves: one repeated event among 256 costs a few batches
+// more and not 256 fsyncs. After any other failure (no room, a time-out) each is published by itself, to
+// learn its own fate.
+func (p *Publisher) commitAll(items []*item, answer func(*item, result)) {
+	if len(items) < minBatch || time.Now().Before(p.noBatchUntil) {
+		p.commitEach(items, answer)
+		return
+	}
+	var api *jetstream.APIError
+	switch err := p.commitBatch(items); {
+	case err == nil:
+		for _, it := range items {
+			answer(it, result{})
+		}
+	case errors.As(err, &api) && api.ErrorCode == jetstreamext.JSErrCodeBatchPublishDuplicateMsgID:
+		p.commitAll(items[:len(items)/2], answer)
+		p.commitAll(items[len(items)/2:], answer)
+	case errors.As(err, &api) && api.ErrorCode == jetstreamext.JSErrCodeBatchPublishNotEnabled:
+		p.noBatchUntil = time.Now().Add(time.Minute) // the stream has more replicas than we were told
+		p.commitEach(items, answer)
+	default:
+		p.commitEach(items, answer)
+	}
+}
+
+// commitBatch stores all in one atomic batch. After an error they are not known to be stored.
+func (p *Publisher) commitBatch(items []*item) error {
 	msgs := make([]*nats.Msg, len(items))
 	for i, it := range items {
 		msgs[i] = Message(it.event)
@@ -210,8 +256,9 @@ func (p *Publisher) commitBatch(items []*item) bool {
 	// Half the time of a publish: the callers still wait when the fallback runs.
 	ctx, cancel := context.WithTimeout(context.Background(), PublishTimeout/2)
 	defer cancel()
-	_, err := jetstreamext.PublishMsgBatch(ctx, p.js, msgs)
-	return err == nil
+	// The first ack has its own limit, which is not the context's.
+	_, err := jetstreamext.PublishMsgBatch(ctx, p.js, msgs, jetstreamext.BatchFlowControl{AckFirst: true, AckTimeout: PublishTimeout / 4})
+	return err //nolint:wrapcheck // only its code counts
 }
 
 // commitEach publishes all at once, each by itself, and answers them as their acks come. Nats-Msg-Id makes
