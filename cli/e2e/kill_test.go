@@ -75,7 +75,7 @@ func killTest(t *testing.T, databaseURL string) {
 	require.Eventually(t, func() bool {
 		statuses = deliveries(t, db)
 		return len(statuses) >= len(answered)
-	}, 60*time.Second, 50*time.Millisecond, "answered %d", len(answered))
+	}, 30*time.Second, 50*time.Millisecond, "answered %d: what the killed process held must come again at once", len(answered))
 	for id := range answered {
 		require.Equal(t, "processed", statuses[id], id)
 	}
