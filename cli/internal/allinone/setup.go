@@ -59,7 +59,7 @@ func Setup(ctx context.Context, db *gorm.DB, js jetstream.JetStream, topology st
 		applied, err := database.Migrate(ctx, db)
 		report.Migrations.Applied = append(report.Migrations.Applied, applied...)
 		if err != nil {
-			return report, err //nolint:wrapcheck // says what it did
+			return report, err
 		}
 		report.Migrations.Pending = []string{}
 	}

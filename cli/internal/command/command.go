@@ -116,16 +116,16 @@ func (c *cli) settingFlags(cmd *cobra.Command, global bool) {
 
 // settings are the effective ones: flags, then environment, then defaults.
 func (c *cli) settings() (*config.Settings, error) {
-	return config.Load(c.env.Environ, c.flags) //nolint:wrapcheck // Problems speak for themselves
+	return config.Load(c.env.Environ, c.flags)
 }
 
 // logger writes to stderr whatever the command's output is.
 func (c *cli) logger(s *config.Settings) (*zap.Logger, error) {
-	return observe.NewLogger(s.LogLevel, s.LogFormat) //nolint:wrapcheck // says what is wrong
+	return observe.NewLogger(s.LogLevel, s.LogFormat)
 }
 
 // isTerminal tells whether a person looks at the stream.
 func isTerminal(stream any) bool {
 	f, ok := stream.(*os.File)
-	return ok && term.IsTerminal(int(f.Fd())) //nolint:gosec // a file descriptor fits
+	return ok && term.IsTerminal(int(f.Fd()))
 }

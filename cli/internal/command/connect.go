@@ -79,7 +79,7 @@ func (r *reach) broker() (jetstream.JetStream, error) {
 		return nil, fmt.Errorf("connect to the broker at %s: %w", where, cause)
 	}
 	r.closers.Add(func() error { nc.Close(); return nil })
-	return stream.JetStream(nc) //nolint:wrapcheck // says what it did
+	return stream.JetStream(nc)
 }
 
 // hostOf names a broker's address without its credentials.
@@ -123,7 +123,7 @@ func (r *reach) database(ctx context.Context) (*gorm.DB, error) {
 		return nil, err
 	}
 	if err := database.CheckMigrated(ctx, db); err != nil {
-		return nil, err //nolint:wrapcheck // says what to do
+		return nil, err
 	}
 	return db, nil
 }
@@ -131,7 +131,7 @@ func (r *reach) database(ctx context.Context) (*gorm.DB, error) {
 func (r *reach) open(ctx context.Context, address, schema string) (*gorm.DB, error) {
 	db, err := database.Open(ctx, address, schema)
 	if err != nil {
-		return nil, err //nolint:wrapcheck // says what to do
+		return nil, err
 	}
 	r.closers.Add(func() error { return database.Close(db) })
 	return db, nil

@@ -62,7 +62,7 @@ type Head struct {
 }
 
 type listedEvent struct {
-	Head     `gorm:"embedded"`
+	Head       `gorm:"embedded"`
 	Deliveries []delivery `json:"deliveries" gorm:"-"`
 }
 
@@ -147,7 +147,7 @@ func (c *cli) listEvents(ctx context.Context, o listOptions) (listing[listedEven
 		list, err = findEvents(tx, o)
 		return err
 	})
-	return list, err //nolint:wrapcheck // says what it did
+	return list, err
 }
 
 // findEvents finds one page: events below the cursor in the order (received_at, event_id) downwards, one row more to
@@ -312,7 +312,7 @@ func (c *cli) showEvent(ctx context.Context, id string) (shownEvent, error) {
 		return err
 	})
 	if err != nil {
-		return e, err //nolint:wrapcheck // says what it did
+		return e, err
 	}
 	e.Body, e.BodyNote = r.body(ctx, e.Head)
 	return e, nil

@@ -43,10 +43,10 @@ func (p *typePattern) Type() string { return "pattern" }
 // where narrows a query to the types. Patterns are ranges and suffixes without LIKE's wildcards or folding of case,
 // which differ between the databases.
 func (p *typePattern) where(db *gorm.DB) *gorm.DB {
-	switch any := p.resource == "*"; {
-	case *p == typePattern{}, any && p.verb == "*":
+	switch every := p.resource == "*"; {
+	case *p == typePattern{}, every && p.verb == "*":
 		return db
-	case any:
+	case every:
 		suffix := "." + p.verb
 		return db.Where("substr(type, length(type) - ? + 1) = ?", len([]rune(suffix)), suffix)
 	case p.verb == "*":

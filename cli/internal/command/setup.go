@@ -75,7 +75,7 @@ func (r *reach) setup(ctx context.Context, plan bool) (allinone.SetupReport, err
 		return allinone.SetupReport{}, err
 	}
 	topology := stream.Topology{Replicas: r.settings.StreamReplicas, MaxBytes: int64(r.settings.StreamMaxBytes), Handlers: worker.Specs()}
-	return allinone.Setup(ctx, db, js, topology, plan) //nolint:wrapcheck // says what it did
+	return allinone.Setup(ctx, db, js, topology, plan)
 }
 
 // printSetup writes one line an object, or the report as one JSON object.

@@ -134,7 +134,7 @@ func (c *cli) runTrigger(ctx context.Context, args []string, o triggerOptions) e
 	case err != nil:
 		return err
 	case ctx.Err() != nil:
-		return ctx.Err()
+		return ctx.Err() //nolint:wrapcheck // an interrupt, which Run reports
 	case out.refused > 0:
 		if out.unauthorized {
 			_, _ = fmt.Fprintf(c.env.Stderr, "The signature was not accepted; events were signed with the secret of %s.\n", to.secretOf)
@@ -273,7 +273,7 @@ func (c *cli) target(o triggerOptions) (*target, error) {
 	switch {
 	case secret != "":
 	case len(r.settings.WebhookSigningSecret) > 0:
-		secret, t.secretOf = r.settings.WebhookSigningSecret[0], "CLERK_WEBHOOK_SIGNING_SECRET"
+		secret, t.secretOf = r.settings.WebhookSigningSecret[0], "CLERK_WEBHOOK_SIGNING_SECRET" //nolint:gosec // its name
 	case r.state.SigningSecret != "":
 		secret, t.secretOf = r.state.SigningSecret, "the running `usher dev`"
 	default:
@@ -337,7 +337,7 @@ func (t *target) send(ctx context.Context, newBody func() ([]byte, error)) (sent
 	}
 	header, err := t.signer.Sign(s.ID, time.Now(), body)
 	if err != nil {
-		return sent{}, err //nolint:wrapcheck // says what it did
+		return sent{}, err
 	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, t.url, bytes.NewReader(body))
 	if err != nil {

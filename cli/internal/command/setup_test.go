@@ -1,0 +1,98 @@
+package command
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/usherhq/usher/cli/internal/allinone"
+	"github.com/usherhq/usher/pkg/database"
+	"github.com/usherhq/usher/pkg/natstest"
+	"github.com/usherhq/usher/pkg/stream"
+)
+
+func TestSetupPlansThenCreatesThenFindsNothingToDo(t *testing.T) {
+	t.Parallel()
+	eachDatabase(t, func(t *testing.T, url string) {
+		t.Helper()
+		srv := natstest.New(t)
+		h := newHarness(t, "USHER_NATS_URL="+srv.URL(), "USHER_DATABASE_URL="+url)
+
+		plan := into[allinone.SetupReport](h.Run("setup", "--plan", "--output", "json").want(exitOK))
+		assert.NotEmpty(t, plan.Migrations.Pending)
+		assert.Empty(t, plan.Migrations.Applied)
+		assert.Equal(t, []string{"stream CLERK_EVENTS", "stream CLERK_DLQ", "consumer mirror"}, plan.Streams.Missing)
+		assert.Empty(t, plan.Streams.Created)
+		_, js := srv.Connect()
+		_, err := js.Stream(t.Context(), stream.Events)
+		require.Error(t, err, "a plan creates nothing")
+		if path, ok := strings.CutPrefix(url, "sqlite:"); ok {
+			assert.NoFileExists(t, path)
+		}
+
+		text := h.Run("setup", "--plan").want(exitOK).out
+		assert.Contains(t, text, "would be applied")
+		assert.Regexp(t, `consumer mirror +would create`, text)
+		assert.Contains(t, text, "Nothing was changed")
+
+		done := into[allinone.SetupReport](h.Run("setup", "--output", "json").want(exitOK))
+		assert.Equal(t, plan.Migrations.Pending, done.Migrations.Applied)
+		assert.Empty(t, done.Migrations.Pending)
+		assert.Equal(t, plan.Streams.Missing, done.Streams.Created)
+		assert.Empty(t, done.Streams.Missing)
+		require.NoError(t, database.CheckMigrated(t.Context(), openDatabase(t, url)))
+
+		again := h.Run("setup").want(exitOK).out
+		assert.Regexp(t, `migrations +all applied before`, again)
+		assert.Regexp(t, `stream CLERK_EVENTS +present`, again)
+		assert.NotContains(t, again, "created")
+	})
+}
+
+func TestSetupReportsDifferencesAndChangesNothing(t *testing.T) {
+	t.Parallel()
+	srv := natstest.New(t)
+	h := newHarness(t, "USHER_NATS_URL="+srv.URL(), "USHER_DATABASE_URL=sqlite:"+filepath.Join(t.TempDir(), "usher.db"))
+	h.Run("setup").want(exitOK)
+
+	r := h.Run("setup", "--stream-max-bytes", "2GiB").want(exitNo)
+	assert.Regexp(t, `stream CLERK_EVENTS +max_bytes +1073741824 +2147483648`, r.out)
+	assert.Regexp(t, `stream CLERK_EVENTS +present, differs`, r.out)
+	assert.Contains(t, r.err, "were not changed")
+	report := into[allinone.SetupReport](h.Run("setup", "--stream-max-bytes", "2GiB", "-o", "json").want(exitNo))
+	require.Len(t, report.Streams.Differences, 2)
+	assert.Equal(t, stream.Difference{Object: "stream CLERK_EVENTS", Field: "max_bytes", Have: "1073741824", Want: "2147483648"}, report.Streams.Differences[0])
+	h.Run("setup", "--plan", "--stream-max-bytes", "2GiB").want(exitOK)
+	h.Run("setup").want(exitOK)
+}
+
+func TestSetupThatCannotCheckIsWrongUse(t *testing.T) {
+	t.Parallel()
+	srv := natstest.New(t)
+	file := filepath.Join(t.TempDir(), "file")
+	require.NoError(t, os.WriteFile(file, nil, 0o600))
+	for name, test := range map[string]struct {
+		env  []string
+		says string
+	}{
+		"nothing runs":       {nil, "no running `usher dev` or `usher serve`"},
+		"broker away":        {[]string{"USHER_NATS_URL=nats://joe:hunter2@127.0.0.1:1"}, "no broker answers at 127.0.0.1:1"},
+		"broker's URL wrong": {[]string{"USHER_NATS_URL=nats://joe:hun%zzter2@127.0.0.1:1"}, "127.0.0.1:1"},
+		"database away":      {[]string{"USHER_NATS_URL=" + srv.URL(), "USHER_DATABASE_URL=postgres://joe:hunter2@127.0.0.1:1/x"}, "no PostgreSQL answers"},
+		"broker too small":   {[]string{"USHER_NATS_URL=" + srv.URL(), "USHER_STREAM_MAX_BYTES=1TiB"}, "USHER_STREAM_MAX_BYTES"},
+		"database unusable":  {[]string{"USHER_NATS_URL=" + srv.URL(), "USHER_DATABASE_URL=sqlite:" + file + "/usher.db"}, file},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r := newHarness(t, test.env...).Run("setup").want(exitUsage)
+			assert.Contains(t, r.err, test.says)
+			assert.Empty(t, r.out)
+			assert.NotContains(t, r.err, "hunter2")
+			assert.NotContains(t, r.err, "zzter2")
+		})
+	}
+}
