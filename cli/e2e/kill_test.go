@@ -39,6 +39,7 @@ func kills(t *testing.T) int {
 // TestKilledAtAnyMomentLosesNothing kills `usher serve` at random moments under load. Every event that was answered
 // 2xx must have been applied in the end, each once, and the tables must equal Clerk's own state.
 func TestKilledAtAnyMomentLosesNothing(t *testing.T) {
+	t.Parallel()
 	t.Run("postgres", func(t *testing.T) { killTest(t, dbtest.PostgresURL(t)) })
 	t.Run("sqlite", func(t *testing.T) { killTest(t, "sqlite:"+filepath.Join(t.TempDir(), "usher.db")) })
 }

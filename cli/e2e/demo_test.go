@@ -1,0 +1,125 @@
+package e2e
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/usherhq/usher/pkg/dbtest"
+	"github.com/usherhq/usher/pkg/fixture"
+)
+
+// randomPorts lets several instances run on one machine.
+var randomPorts = []string{"USHER_INGEST_ADDR=127.0.0.1:0", "USHER_CONSOLE_ADDR=127.0.0.1:0", "USHER_OPS_ADDR=127.0.0.1:0"}
+
+// ledger is what `usher dev --demo --exit --output json` ends with.
+type ledger struct {
+	Sent       int64 `json:"sent"`
+	Accepted   int64 `json:"accepted"`
+	Duplicates int64 `json:"duplicates"`
+	Handlers   map[string]struct {
+		Applied      int64 `json:"applied"`
+		DeadLettered int64 `json:"dead_lettered"`
+	} `json:"handlers"`
+	Types           map[string]struct{ Sent int64 } `json:"types"`
+	Rows            map[string]int64                `json:"rows"`
+	MirrorEqual     *bool                           `json:"mirror_equal"`
+	EventsPerSecond float64                         `json:"events_per_second"`
+	Latency         struct{ P50, P99 float64 }      `json:"latency_ms"`
+}
+
+func TestDemoEndsInABalancedLedger(t *testing.T) {
+	t.Parallel()
+	databases := map[string]func(t *testing.T) []string{
+		"postgres":  func(t *testing.T) []string { return []string{"USHER_DATABASE_URL=" + dbtest.EmptyPostgresURL(t)} },
+		"throwaway": func(*testing.T) []string { return nil },
+	}
+	for name, settings := range databases {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			dataDir := filepath.Join(t.TempDir(), "data")
+			env := append(append([]string{"USHER_DATA_DIR=" + dataDir}, randomPorts...), settings(t)...)
+			code, stdout, stderr := run(t, env, "dev", "--demo", "--exit", "--output", "json", "--users", "60")
+			require.Equal(t, 0, code, stderr)
+			var l ledger
+			require.NoError(t, json.Unmarshal([]byte(stdout), &l), "one JSON object and nothing else: %s", stdout)
+			assert.Positive(t, l.Sent)
+			assert.Equal(t, l.Sent, l.Accepted)
+			assert.Positive(t, l.Duplicates)
+			mirror := l.Handlers["mirror"]
+			assert.Equal(t, l.Accepted, mirror.Applied+mirror.DeadLettered)
+			require.NotNil(t, l.MirrorEqual)
+			assert.True(t, *l.MirrorEqual)
+			assert.Positive(t, l.EventsPerSecond)
+			assert.Positive(t, l.Latency.P99)
+			assert.EqualValues(t, 60, l.Rows["users"])
+			for _, typ := range fixture.Types() {
+				assert.Contains(t, l.Types, typ)
+			}
+			assert.NoDirExists(t, dataDir, "dev leaves nothing behind")
+		})
+	}
+}
+
+func TestDevPrintsWhereItListensAndCleansUp(t *testing.T) {
+	t.Parallel()
+	dataDir := filepath.Join(t.TempDir(), "data")
+	env := append([]string{"USHER_DATA_DIR=" + dataDir}, randomPorts...)
+	p := start(t, env, "dev")
+	s := p.ready(dataDir)
+	info, err := os.Stat(filepath.Join(dataDir, "usher.json"))
+	require.NoError(t, err)
+	assert.Equal(t, os.FileMode(0o600), info.Mode().Perm())
+
+	code, _, stderr := run(t, env, "trigger", "user.created", "--set", "data.first_name=Grace")
+	assert.Equal(t, 0, code, stderr)
+	var events struct {
+		Items []struct {
+			ID, Type string
+		} `json:"items"`
+	}
+	require.Eventually(t, func() bool {
+		code, stdout, _ := run(t, env, "events", "list", "--output", "json")
+		return code == 0 && json.Unmarshal([]byte(stdout), &events) == nil && len(events.Items) == 1
+	}, 20*time.Second, 20*time.Millisecond)
+	assert.Equal(t, "user.created", events.Items[0].Type)
+	code, stdout, _ := run(t, env, "events", "show", events.Items[0].ID)
+	assert.Equal(t, 0, code)
+	assert.Contains(t, stdout, "Grace")
+
+	code, _, stderr = run(t, env, "dev")
+	assert.Equal(t, 2, code)
+	assert.Contains(t, stderr, "data folder is in use", "a second one must not touch the first one's broker")
+
+	assert.Equal(t, 0, p.stop(), p.stderr.String())
+	out := p.stdout.String()
+	for _, want := range []string{s.IngestURL, s.ConsoleURL, s.OpsURL, s.SigningSecret} {
+		assert.Contains(t, out, want)
+	}
+	assert.True(t, strings.HasPrefix(s.SigningSecret, "whsec_"))
+	assert.NoDirExists(t, dataDir)
+
+	code, _, stderr = run(t, env, "events", "list")
+	assert.Equal(t, 2, code)
+	assert.Contains(t, stderr, "usher serve", "the error says what to do")
+}
+
+func TestWrongSettingsStopTheStartWithEveryProblem(t *testing.T) {
+	t.Parallel()
+	for _, command := range []string{"dev", "serve", "config"} {
+		code, _, stderr := run(t, []string{"USHER_DATA_DIR=" + t.TempDir(), "USHER_RETENTION=soon", "USHER_LOG_LEVEL=loud", "CLERK_WEBHOOK_SIGNING_SECRET=whsec_"}, command)
+		assert.Equal(t, 2, code, command)
+		for _, name := range []string{"USHER_RETENTION", "USHER_LOG_LEVEL", "CLERK_WEBHOOK_SIGNING_SECRET"} {
+			assert.Contains(t, stderr, name, command)
+		}
+	}
+	code, _, stderr := run(t, []string{"USHER_DATA_DIR=" + t.TempDir()}, "serve")
+	assert.Equal(t, 2, code)
+	assert.Contains(t, stderr, "CLERK_WEBHOOK_SIGNING_SECRET", "serve makes up no secret")
+}
