@@ -20,6 +20,7 @@ import (
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 	"go.uber.org/zap"
+	"gorm.io/gorm"
 
 	"github.com/usherhq/usher/pkg/config"
 	"github.com/usherhq/usher/pkg/observe"
@@ -45,9 +46,10 @@ type Config struct {
 	NATSURL     string        // the broker; required
 	NATSCreds   string        // credentials file for it, empty for none
 	NATSOptions []nats.Option // come last and may override, as for a broker in the same process
+	DB          *gorm.DB      // read only, the caller closes it; nil: what is in the database is not shown
 }
 
-// ConfigFrom takes the console's part of the settings.
+// ConfigFrom takes the console's part of the settings. DB is the caller's to open.
 func ConfigFrom(s *config.Settings) Config {
 	return Config{Addr: s.ConsoleAddr, AdminToken: s.AdminToken, NATSURL: s.NATSURL, NATSCreds: s.NATSCreds}
 }
@@ -184,7 +186,7 @@ func loopbackHost(host string) bool {
 	return config.IsLoopback(net.JoinHostPort(strings.Trim(host, "[]"), "0"))
 }
 
-// ask bounds one question to the broker by time.
+// ask bounds one question to the broker or the database by time.
 func ask(r *http.Request) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(r.Context(), askTimeout)
 }

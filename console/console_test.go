@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"io"
 	"net/http"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -14,15 +15,17 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 	"go.uber.org/zap"
+	"gorm.io/gorm"
 
 	"github.com/usherhq/usher/console"
 	"github.com/usherhq/usher/pkg/config"
+	"github.com/usherhq/usher/pkg/dbtest"
 	"github.com/usherhq/usher/pkg/natstest"
 	"github.com/usherhq/usher/pkg/observe"
 	"github.com/usherhq/usher/pkg/stream"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m, dbtest.IgnoreLeaks()...) }
 
 const token = "a-token-for-tests"
 
@@ -118,6 +121,29 @@ func TestConsumersAreListedWithTheirLag(t *testing.T) {
 	assert.Contains(t, page.header.Get("Content-Type"), "text/html")
 	assert.Contains(t, page.body, "mirror")
 	assert.Equal(t, http.StatusOK, r.do(t, http.MethodGet, "/admin/admin.css", nil).status)
+}
+
+func TestThePageShowsWhatWasNotProcessed(t *testing.T) {
+	t.Parallel()
+	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {
+		broker := natstest.New(t)
+		broker.Setup()
+		for i, status := range []string{"processed", "dead", "dead", "retrying"} {
+			require.NoError(t, db.Exec(`INSERT INTO deliveries (handler, event_id, type, source, origin, status, received_at)
+				VALUES ('mirror', ?, 'user.created', 'clerk', 'webhook', ?, ?)`, strconv.Itoa(i), status, time.Now().UTC()).Error)
+		}
+		r := start(t, console.Config{NATSURL: broker.URL(), DB: db})
+		page := r.do(t, http.MethodGet, "/admin", nil)
+		assert.Contains(t, page.body, `<th scope="row">mirror</th><td>dead</td><td>2</td>`)
+		assert.Contains(t, page.body, `<th scope="row">mirror</th><td>retrying</td><td>1</td>`)
+		assert.NotContains(t, page.body, "<td>processed</td>")
+		assert.NotContains(t, page.body, `class="problem"`)
+
+		require.NoError(t, db.Exec("DROP TABLE deliveries").Error)
+		page = r.do(t, http.MethodGet, "/admin", nil)
+		assert.Equal(t, http.StatusOK, page.status)
+		assert.Contains(t, page.body, "usher setup")
+	})
 }
 
 func TestNobodyReadsWithoutTheToken(t *testing.T) {

@@ -52,12 +52,20 @@ func (c *Console) admin(w http.ResponseWriter, r *http.Request) {
 	defer cancel()
 	var page struct {
 		Consumers []stream.Consumer
-		Problem   string
+		Open      []openDeliveries
+		Problems  []string
 	}
 	var err error
 	if page.Consumers, err = stream.Consumers(ctx, c.js); err != nil {
 		c.log.Warn("consumers could not be read", zap.Error(err))
-		_, page.Problem = unavailable(err)
+		_, message := unavailable(err)
+		page.Problems = append(page.Problems, message)
+	}
+	ctx, cancel = ask(r) // time of its own: the broker may have used up its part
+	defer cancel()
+	if page.Open, err = c.openDeliveries(ctx); err != nil {
+		c.log.Warn("deliveries could not be read", zap.Error(err))
+		page.Problems = append(page.Problems, "the database does not answer, or `usher setup` was not run")
 	}
 	var body bytes.Buffer
 	if err := adminPage.Execute(&body, page); err != nil {

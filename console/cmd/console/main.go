@@ -15,6 +15,7 @@ import (
 
 	"github.com/usherhq/usher/console"
 	"github.com/usherhq/usher/pkg/config"
+	"github.com/usherhq/usher/pkg/database"
 	"github.com/usherhq/usher/pkg/lifecycle"
 	"github.com/usherhq/usher/pkg/observe"
 )
@@ -37,8 +38,19 @@ func run(ctx context.Context, environ config.Environ, stderr io.Writer) int {
 		return fail(stderr, err)
 	}
 	defer func() { _ = log.Sync() }() // a terminal refuses it, and nothing could be done
+	cfg := console.ConfigFrom(settings)
+	if err := cfg.Validate(); err != nil { // before the database: wrong settings come first
+		return fail(stderr, err)
+	}
+	if cfg.DB, err = database.Open(ctx, settings.DatabaseURL, settings.DatabaseSchema); err != nil {
+		if ctx.Err() != nil { // told to stop while it waited
+			return 0
+		}
+		return fail(stderr, err)
+	}
+	defer func() { _ = database.Close(cfg.DB) }()
 	health := &observe.Health{}
-	service, err := console.New(console.ConfigFrom(settings), log, health)
+	service, err := console.New(cfg, log, health)
 	if err != nil {
 		return fail(stderr, err)
 	}

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 
 	"github.com/usherhq/usher/pkg/config"
@@ -38,12 +39,15 @@ func TestASignalStopsItWith0(t *testing.T) {
 	broker := natstest.New(t)
 	broker.Setup()
 	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
 	code := make(chan int, 1)
 	go func() {
 		code <- run(ctx, config.Environ{
 			"USHER_NATS_URL=" + broker.URL(), "USHER_CONSOLE_ADDR=127.0.0.1:0", "USHER_OPS_ADDR=127.0.0.1:0", "USHER_LOG_LEVEL=error",
 		}, &bytes.Buffer{})
 	}()
+	// The broker sees this test's connection and the service's.
+	require.Eventually(t, func() bool { return broker.Server().NumClients() == 2 }, 15*time.Second, 5*time.Millisecond)
 	cancel()
 	select {
 	case got := <-code:
