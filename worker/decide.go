@@ -39,7 +39,7 @@ func decide(err error, attempt, limit int, stopping bool) action {
 
 // isOutage tells whether err is the infrastructure's and not the event's.
 func isOutage(err error) bool {
-	return !errors.Is(err, errTimeout) && !errors.Is(err, errPanic) && database.IsInfrastructure(err)
+	return errors.Is(err, errBroker) || !errors.Is(err, errTimeout) && !errors.Is(err, errPanic) && database.IsInfrastructure(err)
 }
 
 func isPermanent(err error) bool {

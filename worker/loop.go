@@ -4,7 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"runtime/debug"
+	"slices"
+	"sync"
 	"time"
 
 	"github.com/cenkalti/backoff/v4"
@@ -23,23 +26,25 @@ var errUndecodable = event.ErrMalformed
 
 // loop works on one handler's events, one batch after the other.
 type loop struct {
-	trouble
-	cfg     Config
-	handler Handler
-	js      jetstream.JetStream
-	db      *gorm.DB
-	inbox   *inbox.Inbox
-	log     *zap.Logger
-	metrics *metrics
+	database, broker trouble // what keeps the handler from working
+	cfg              Config
+	handler          Handler
+	js               jetstream.JetStream
+	db               *gorm.DB
+	inbox            *inbox.Inbox
+	log              *zap.Logger
+	metrics          *metrics
 }
 
 // delivery is one event in the hands of the loop.
 type delivery struct {
 	msg   jetstream.Msg
 	event event.Event
-	// attempts that were counted before this one.
-	attempts int
+	known inbox.Known // what the log said before this attempt
 }
+
+// retrySlack is how much before its time a retry may be made.
+const retrySlack = 100 * time.Millisecond
 
 func newLoop(w *Worker, h Handler) *loop {
 	return &loop{
@@ -53,21 +58,33 @@ const prefetchBytes = 16 << 20
 
 // run consumes until ctx is done. It opens the consumer again, with backoff, whenever that is lost.
 func (l *loop) run(ctx context.Context) error {
-	err := backoffUntil(ctx, func() error { return l.consume(ctx) }, func(err error, wait time.Duration) {
+	policy := outageBackoff()
+	for {
+		opened := time.Now()
+		err := l.consume(ctx)
+		if ctx.Err() != nil {
+			return nil //nolint:nilerr // a stop is not a failure
+		}
 		if errors.Is(err, jetstream.ErrStreamNotFound) || errors.Is(err, jetstream.ErrConsumerNotFound) {
 			err = fmt.Errorf("%w: %w", stream.ErrSetup, err)
 		}
-		l.setTrouble(fmt.Errorf("broker: %w", err))
-		l.metrics.paused.WithLabelValues(l.handler.Name()).Set(1)
-		l.log.Warn("waiting for the broker", zap.Error(err), zap.Duration("delay", wait))
-	})
-	if ctx.Err() != nil {
-		return nil //nolint:nilerr // a stop is not a failure
+		if time.Since(opened) > time.Minute {
+			policy.Reset()
+		}
+		delay := policy.NextBackOff()
+		l.broker.setTrouble(fmt.Errorf("broker: %w", err))
+		l.log.Warn("broker is away, handler pauses", zap.Error(err), zap.Duration("delay", delay))
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(delay):
+		}
 	}
-	return err
 }
 
-// consume works until ctx is done (nil) or the subscription fails.
+// consume works until ctx is done (nil) or the subscription fails. It has two lanes, so that a flood of failing
+// events does not stop healthy ones: the fast lane takes events that come for the first time, the slow lane those
+// that come again and the batches in which something failed.
 func (l *loop) consume(ctx context.Context) error {
 	consumer, err := l.js.Consumer(ctx, stream.Events, l.handler.Name())
 	if err != nil {
@@ -79,44 +96,81 @@ func (l *loop) consume(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("pull from consumer %s: %w", l.handler.Name(), err)
 	}
-	l.recovered()
+	defer iter.Stop()
+	if l.broker.check() != nil {
+		l.log.Info("broker is back, handler goes on")
+	}
+	l.broker.setTrouble(nil)
+	// Drain stops asking for more and lets the pump hand over what the client holds already, so that it can be
+	// given back at once.
+	defer context.AfterFunc(ctx, iter.Drain)()
 
-	// The pump moves messages from the blocking iterator to a channel, so that the loop can take what is there
-	// without lingering for more.
-	messages := make(chan jetstream.Msg, l.cfg.BatchSize)
+	fresh, again := make(chan jetstream.Msg, l.cfg.BatchSize), make(chan jetstream.Msg, l.cfg.BatchSize)
+	failed := make(chan []*delivery, 4)
+	var slow sync.WaitGroup
+	slow.Go(func() { l.slowLane(ctx, again, failed) })
 	pumped := make(chan error, 1)
 	go func() {
-		defer close(messages)
-		for {
-			msg, err := iter.Next()
-			if err != nil {
-				pumped <- err
-				return
-			}
-			messages <- msg
-		}
+		defer close(fresh)
+		defer close(again)
+		pumped <- l.pump(iter, fresh, again)
 	}()
-	stopping := ctx.Done()
-	for {
-		select {
-		case <-stopping:
-			// Drain stops asking for more and lets the pump hand over what the client holds already, so that
-			// it can be given back at once.
-			iter.Drain()
-			stopping = nil
+	for msg := range fresh {
+		if ctx.Err() != nil {
+			l.giveBack(msg)
 			continue
-		case msg, ok := <-messages:
+		}
+		l.apply(ctx, l.parse(ctx, collect(msg, fresh, l.cfg.BatchSize)), failed)
+	}
+	close(failed)
+	slow.Wait()
+	err = <-pumped
+	if ctx.Err() != nil {
+		return nil //nolint:nilerr // a stop is not a failure
+	}
+	return fmt.Errorf("consume %s: %w", l.handler.Name(), err)
+}
+
+// pump moves messages from the blocking iterator to the lanes, so that a lane can take what is there without
+// lingering for more. It returns when the iterator ends.
+func (l *loop) pump(iter jetstream.MessagesContext, fresh, again chan<- jetstream.Msg) error {
+	for {
+		msg, err := iter.Next()
+		if err != nil {
+			return err //nolint:wrapcheck // the caller says what it was for
+		}
+		if meta, err := msg.Metadata(); err != nil || meta.NumDelivered == 1 {
+			fresh <- msg
+			continue
+		}
+		select {
+		case again <- msg:
+		default: // the slow lane has enough to do: this one must not block the way for fresh events
+			l.nak(msg, 5*time.Second+rand.N(10*time.Second))
+		}
+	}
+}
+
+// slowLane works until both channels are closed.
+func (l *loop) slowLane(ctx context.Context, again <-chan jetstream.Msg, failed <-chan []*delivery) {
+	for again != nil || failed != nil {
+		select {
+		case msg, ok := <-again:
 			if !ok {
-				if ctx.Err() != nil {
-					return nil
-				}
-				return fmt.Errorf("consume %s: %w", l.handler.Name(), <-pumped)
+				again = nil
+				continue
 			}
 			if ctx.Err() != nil {
 				l.giveBack(msg)
 				continue
 			}
-			l.process(ctx, collect(msg, messages, l.cfg.BatchSize))
+			l.apply(ctx, l.parse(ctx, collect(msg, again, l.cfg.BatchSize)), nil)
+		case batch, ok := <-failed:
+			if !ok {
+				failed = nil
+				continue
+			}
+			l.halve(ctx, batch)
 		}
 	}
 }
@@ -138,8 +192,8 @@ func collect(first jetstream.Msg, messages <-chan jetstream.Msg, limit int) []je
 	return batch
 }
 
-// process settles every message of a batch: acked, to be retried, dead-lettered, or given back.
-func (l *loop) process(ctx context.Context, messages []jetstream.Msg) {
+// parse decodes messages. What can never be applied is dead-lettered here; the rest is for apply.
+func (l *loop) parse(ctx context.Context, messages []jetstream.Msg) []*delivery {
 	batch := make([]*delivery, 0, len(messages))
 	byID := make(map[string]bool, len(messages))
 	for _, msg := range messages {
@@ -162,21 +216,21 @@ func (l *loop) process(ctx context.Context, messages []jetstream.Msg) {
 		case err != nil:
 			l.fail(ctx, d, Permanent(err))
 		case byID[d.event.ID]: // the same event twice in one batch: the second is a redelivery of the first
-			l.settleDuplicate(d)
+			// Not acked: if the first one fails, this one is as good.
+			l.nak(msg, time.Second)
 		default:
 			byID[d.event.ID] = true
 			batch = append(batch, d)
 		}
 	}
-	if len(batch) > 0 {
-		l.apply(ctx, batch)
-	}
+	return batch
 }
 
-// apply applies a batch in one transaction. A batch that fails for an event's own reason is cut in halves until
-// the bad event stands alone; an outage is waited out with the batch in hand.
-func (l *loop) apply(ctx context.Context, batch []*delivery) {
-	for {
+// apply applies a batch in one transaction and settles every event of it. A batch that fails for an event's own
+// reason is cut in halves until the bad event stands alone: by the slow lane where it has room, else here. An
+// outage is waited out with the batch in hand.
+func (l *loop) apply(ctx context.Context, batch []*delivery, slow chan<- []*delivery) {
+	for len(batch) > 0 {
 		err := l.attempt(ctx, batch)
 		switch {
 		case err == nil:
@@ -193,14 +247,30 @@ func (l *loop) apply(ctx context.Context, batch []*delivery) {
 			}
 			continue
 		case len(batch) > 1:
-			l.apply(ctx, batch[:len(batch)/2])
-			l.apply(ctx, batch[len(batch)/2:])
+			select {
+			case slow <- batch: // never ready where there is none
+			default:
+				l.halve(ctx, batch)
+			}
 			return
 		default:
 			l.fail(ctx, batch[0], err)
 			return
 		}
 	}
+}
+
+// halve applies a batch that failed in two parts. Events that failed before are likely to be bad again, so a batch of
+// nothing else is taken apart at once.
+func (l *loop) halve(ctx context.Context, batch []*delivery) {
+	if !slices.ContainsFunc(batch, func(d *delivery) bool { return d.known.Attempts == 0 }) {
+		for i := range batch {
+			l.apply(ctx, batch[i:i+1], nil)
+		}
+		return
+	}
+	l.apply(ctx, batch[:len(batch)/2], nil)
+	l.apply(ctx, batch[len(batch)/2:], nil)
 }
 
 // attempt runs one transaction: what the inbox has is dropped, the handler gets the rest, the log is written. After
@@ -212,18 +282,21 @@ func (l *loop) attempt(ctx context.Context, batch []*delivery) error {
 	defer release()
 	handleCtx, cancel := context.WithTimeout(finish, l.cfg.HandleTimeout)
 	defer cancel()
-	var todo []*delivery
+	var todo, early []*delivery
 	err := database.InTx(handleCtx, l.db, func(tx *gorm.DB) error {
 		known, err := l.inbox.Find(handleCtx, tx, eventIDs(batch))
 		if err != nil {
 			return fmt.Errorf("look into the inbox: %w", err)
 		}
-		todo = todo[:0]
+		todo, early = todo[:0], early[:0]
 		events := make([]event.Event, 0, len(batch))
 		for _, d := range batch {
-			entry := known[d.event.ID]
-			d.attempts = entry.Attempts
-			if entry.Settled() {
+			d.known = known[d.event.ID].For(&d.event)
+			if d.known.Settled() {
+				continue
+			}
+			if time.Until(d.known.NextAttemptAt) > retrySlack { // a restart brought it back before its time
+				early = append(early, d)
 				continue
 			}
 			todo = append(todo, d)
@@ -238,7 +311,7 @@ func (l *loop) attempt(ctx context.Context, batch []*delivery) error {
 		took := time.Since(start) / time.Duration(len(events))
 		entries := make([]inbox.Entry, len(todo))
 		for i, d := range todo {
-			entries[i] = inbox.Entry{Event: &d.event, Status: inbox.Processed, Attempts: d.attempts + 1, Duration: took}
+			entries[i] = inbox.Entry{Event: &d.event, Status: inbox.Processed, Attempts: d.known.Attempts + 1, Duration: took}
 		}
 		if err := l.inbox.Settle(handleCtx, tx, entries); err != nil {
 			return fmt.Errorf("write the delivery log: %w", err)
@@ -254,7 +327,7 @@ func (l *loop) attempt(ctx context.Context, batch []*delivery) error {
 	name := l.handler.Name()
 	l.metrics.duration.WithLabelValues(name).Observe(time.Since(start).Seconds())
 	l.metrics.deliveries.WithLabelValues(name, "processed").Add(float64(len(todo)))
-	l.metrics.deliveries.WithLabelValues(name, "duplicate").Add(float64(len(batch) - len(todo)))
+	l.metrics.deliveries.WithLabelValues(name, "duplicate").Add(float64(len(batch) - len(todo) - len(early)))
 	age := l.metrics.age.WithLabelValues(name)
 	for _, d := range todo {
 		if d.event.Timestamp > 0 {
@@ -262,9 +335,13 @@ func (l *loop) attempt(ctx context.Context, batch []*delivery) error {
 		}
 	}
 	for _, d := range batch {
+		if slices.Contains(early, d) {
+			l.nak(d.msg, time.Until(d.known.NextAttemptAt))
+			continue
+		}
 		l.ack(d)
 	}
-	l.log.Debug("batch applied", zap.Int("events", len(todo)), zap.Int("duplicates", len(batch)-len(todo)), zap.Duration("duration", time.Since(start)))
+	l.log.Debug("batch applied", zap.Int("events", len(todo)), zap.Int("duplicates", len(batch)-len(todo)-len(early)), zap.Duration("duration", time.Since(start)))
 	return nil
 }
 
@@ -299,7 +376,8 @@ func (l *loop) handle(ctx context.Context, tx *gorm.DB, events []event.Event) (e
 
 // fail does what decide says about one event that failed for its own reason.
 func (l *loop) fail(ctx context.Context, d *delivery, err error) {
-	attempt := d.attempts + 1
+	now := time.Now()
+	attempt := d.known.Attempts + 1
 	reason := reasonOf(err)
 	verdict := decide(err, attempt, l.cfg.Attempts, ctx.Err() != nil)
 	fields := []zap.Field{
@@ -309,22 +387,26 @@ func (l *loop) fail(ctx context.Context, d *delivery, err error) {
 	if verdict == retry || verdict == deadLetter {
 		l.metrics.failures.WithLabelValues(l.handler.Name(), string(reason)).Inc()
 	}
-	entry := inbox.Entry{Event: &d.event, Attempts: attempt, Error: deadletter.OneLine(err.Error()), Reason: string(reason)}
+	entry := inbox.Entry{Event: &d.event, Attempts: attempt, Error: deadletter.OneLine(err.Error()), Reason: string(reason), FirstFailedAt: d.known.FirstFailedAt,
+		Fingerprint: deadletter.Fingerprint(l.handler.Name(), reason, err.Error())}
+	if entry.FirstFailedAt.IsZero() {
+		entry.FirstFailedAt = now
+	}
 	for {
 		var settleErr error
 		switch verdict {
 		case retry:
-			entry.Status = inbox.Retrying
+			delay := delayOf(err, l.schedule(attempt))
+			entry.Status, entry.NextAttemptAt = inbox.Retrying, now.Add(delay)
 			if settleErr = l.record(ctx, entry); settleErr == nil {
-				delay := delayOf(err, l.schedule(attempt))
-				l.nak(d, delay)
+				l.nak(d.msg, delay)
 				l.metrics.deliveries.WithLabelValues(l.handler.Name(), "retried").Inc()
 				l.log.Warn("event failed, will retry", append(fields, zap.Duration("delay", delay))...)
 			}
 		case deadLetter:
 			entry.Status = inbox.Dead
 			// The letter first: the original is given up only when the letter is durable.
-			if settleErr = l.putDeadLetter(ctx, d, attempt, reason, err); settleErr == nil {
+			if entry.LetterSeq, settleErr = l.putDeadLetter(ctx, d, entry, now); settleErr == nil {
 				if settleErr = l.record(ctx, entry); settleErr == nil {
 					l.term(d, string(reason))
 					l.metrics.deliveries.WithLabelValues(l.handler.Name(), "dead_lettered").Inc()
@@ -352,22 +434,26 @@ func (l *loop) record(ctx context.Context, entry inbox.Entry) error {
 	return nil
 }
 
-func (l *loop) putDeadLetter(ctx context.Context, d *delivery, attempts int, reason deadletter.Reason, cause error) error {
-	now := time.Now()
+func (l *loop) putDeadLetter(ctx context.Context, d *delivery, entry inbox.Entry, now time.Time) (uint64, error) {
 	putCtx, cancel := context.WithTimeout(ctx, stream.PublishTimeout)
 	defer cancel()
-	err := deadletter.Put(putCtx, l.js, &deadletter.Record{
-		Handler: l.handler.Name(), Event: d.event, Reason: reason, Error: cause.Error(), Attempts: attempts,
-		FirstFailedAt: now, LastFailedAt: now, Subject: d.msg.Subject(), Sequence: d.event.Seq, Header: d.msg.Headers(),
+	seq, err := deadletter.Put(putCtx, l.js, &deadletter.Record{
+		Handler: l.handler.Name(), Event: d.event, Reason: deadletter.Reason(entry.Reason), Error: entry.Error, Attempts: entry.Attempts,
+		FirstFailedAt: entry.FirstFailedAt, LastFailedAt: now, Subject: d.msg.Subject(), Sequence: d.event.Seq, Header: d.msg.Headers(),
 	})
-	return err //nolint:wrapcheck // it says what it did
+	if err != nil {
+		return 0, fmt.Errorf("%w: %w", errBroker, err)
+	}
+	return seq, nil
 }
 
-// waitOut waits with backoff until the database answers again; false means that the worker stops.
+// errBroker marks an outage of the broker.
+var errBroker = errors.New("broker")
+
+// waitOut waits with backoff until the database and the broker answer again; false means that the worker stops.
 func (l *loop) waitOut(ctx context.Context, cause error) bool {
 	started := time.Now()
-	l.setTrouble(fmt.Errorf("paused: %w", cause))
-	l.metrics.paused.WithLabelValues(l.handler.Name()).Set(1)
+	l.database.setTrouble(fmt.Errorf("paused: %w", cause))
 	l.log.Warn("outage, handler pauses", zap.Error(cause))
 	policy := outageBackoff()
 	for {
@@ -376,21 +462,35 @@ func (l *loop) waitOut(ctx context.Context, cause error) bool {
 			return false
 		case <-time.After(policy.NextBackOff()):
 		}
-		probe, cancel := context.WithTimeout(ctx, 5*time.Second)
-		err := database.Ping(probe, l.db)
-		cancel()
+		err := l.probe(ctx)
 		if err == nil {
-			l.recovered()
+			l.database.setTrouble(nil)
 			l.log.Info("outage is over, handler goes on", zap.Duration("duration", time.Since(started)))
 			return true
 		}
-		l.setTrouble(fmt.Errorf("paused: %w", err))
+		l.database.setTrouble(fmt.Errorf("paused: %w", err))
 	}
 }
 
-func (l *loop) recovered() {
-	l.setTrouble(nil)
-	l.metrics.paused.WithLabelValues(l.handler.Name()).Set(0)
+// probe asks what an event needs for a sign of life.
+func (l *loop) probe(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	if err := database.Ping(ctx, l.db); err != nil {
+		return err //nolint:wrapcheck // says what it did
+	}
+	if _, err := l.js.Consumer(ctx, stream.Events, l.handler.Name()); err != nil {
+		return fmt.Errorf("%w: %w", errBroker, err)
+	}
+	return nil
+}
+
+// check is the readiness of the handler.
+func (l *loop) check() error {
+	if err := l.database.check(); err != nil {
+		return err
+	}
+	return l.broker.check()
 }
 
 // schedule is the delay after attempt number attempt.
@@ -410,15 +510,11 @@ func (l *loop) schedule(attempt int) time.Duration {
 
 func (l *loop) ack(d *delivery) { l.settled(d.msg.Ack()) }
 
-func (l *loop) nak(d *delivery, delay time.Duration) { l.settled(d.msg.NakWithDelay(delay)) }
+func (l *loop) nak(msg jetstream.Msg, delay time.Duration) {
+	l.settled(msg.NakWithDelay(max(delay, 0)))
+}
 
 func (l *loop) term(d *delivery, reason string) { l.settled(d.msg.TermWithReason(reason)) }
-
-func (l *loop) settleDuplicate(d *delivery) {
-	l.metrics.deliveries.WithLabelValues(l.handler.Name(), "duplicate").Inc()
-	// Not acked: if the first one fails, this one is as good. The broker sends it again after the first was settled.
-	l.nak(d, time.Second)
-}
 
 func (l *loop) giveBack(msg jetstream.Msg) {
 	l.metrics.deliveries.WithLabelValues(l.handler.Name(), "given_back").Inc()
@@ -449,10 +545,3 @@ func eventIDs(batch []*delivery) []string {
 func outageBackoff() *backoff.ExponentialBackOff {
 	return backoff.NewExponentialBackOff(backoff.WithInitialInterval(100*time.Millisecond), backoff.WithMaxInterval(5*time.Second), backoff.WithMaxElapsedTime(0))
 }
-
-// backoffUntil repeats operation until it succeeds, ctx is done, or its error is from stopRetrying.
-func backoffUntil(ctx context.Context, operation func() error, notify func(error, time.Duration)) error {
-	return backoff.RetryNotify(operation, backoff.WithContext(outageBackoff(), ctx), notify) //nolint:wrapcheck // the operation's own error
-}
-
-func stopRetrying(err error) error { return backoff.Permanent(err) }

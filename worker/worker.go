@@ -126,23 +126,9 @@ func (w *Worker) Run(ctx context.Context) error {
 	for _, l := range w.loops {
 		w.deps.Health.Add("worker "+l.handler.Name(), l.check)
 	}
-	err := backoffUntil(ctx, func() error {
-		err := database.CheckMigrated(ctx, w.deps.DB)
-		if errors.Is(err, database.ErrPending) || errors.Is(err, database.ErrNewer) {
-			return stopRetrying(err)
-		}
-		return err //nolint:wrapcheck // wrapped below
-	}, func(err error, wait time.Duration) {
-		w.setTrouble(fmt.Errorf("database is away: %w", err))
-		w.deps.Log.Warn("waiting for the database", zap.Error(err), zap.Duration("delay", wait))
-	})
-	if ctx.Err() != nil {
-		return nil //nolint:nilerr // stopped while it waited
+	if err := w.waitForDatabase(ctx); err != nil {
+		return err
 	}
-	if err != nil {
-		return fmt.Errorf("check migrations: %w", err)
-	}
-	w.setTrouble(nil)
 	group, groupCtx := errgroup.WithContext(ctx)
 	for _, l := range w.loops {
 		group.Go(func() error { return l.run(groupCtx) })
@@ -163,10 +149,28 @@ func (w *Worker) Run(ctx context.Context) error {
 	return nil
 }
 
-func (w *Worker) setTrouble(err error) {
-	for _, l := range w.loops {
-		l.setTrouble(err)
+// waitForDatabase returns once the database answers and its migrations are done, or ctx is.
+func (w *Worker) waitForDatabase(ctx context.Context) error {
+	policy := outageBackoff()
+	for ctx.Err() == nil {
+		err := database.CheckMigrated(ctx, w.deps.DB)
+		for _, l := range w.loops {
+			l.database.setTrouble(err)
+		}
+		if err == nil {
+			return nil
+		}
+		if errors.Is(err, database.ErrPending) || errors.Is(err, database.ErrNewer) {
+			return fmt.Errorf("check migrations: %w", err)
+		}
+		delay := policy.NextBackOff()
+		w.deps.Log.Warn("waiting for the database", zap.Error(err), zap.Duration("delay", delay))
+		select {
+		case <-ctx.Done():
+		case <-time.After(delay):
+		}
 	}
+	return nil
 }
 
 // watchLag keeps the lag metrics of every handler.
@@ -174,6 +178,12 @@ func (w *Worker) watchLag(ctx context.Context) {
 	ticker := time.NewTicker(5 * time.Second)
 	defer ticker.Stop()
 	for {
+		for _, l := range w.loops {
+			w.metrics.paused.WithLabelValues(l.handler.Name()).Set(0)
+			if l.check() != nil {
+				w.metrics.paused.WithLabelValues(l.handler.Name()).Set(1)
+			}
+		}
 		for _, r := range w.cfg.Handlers {
 			name := r.Handler.Name()
 			consumer, err := w.deps.JetStream.Consumer(ctx, stream.Events, name)

@@ -7,8 +7,11 @@ package deadletter
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
 	"maps"
+	"regexp"
 	"strconv"
 	"strings"
 	"time"
@@ -69,9 +72,9 @@ type Record struct {
 	Header        nats.Header
 }
 
-// Put stores a dead letter and returns once it is durable. Putting the same one again (after a crash
+// Put stores a dead letter and returns its sequence in [stream.DeadLetters] once it is durable. Putting the same one again (after a crash
 // before its original was given up) stores nothing new within [stream.DedupeWindow].
-func Put(ctx context.Context, js jetstream.JetStream, r *Record) error {
+func Put(ctx context.Context, js jetstream.JetStream, r *Record) (uint64, error) {
 	msg := nats.NewMsg(stream.DeadLetterSubject(r.Handler, &r.Event))
 	msg.Data = r.Event.Raw
 	for key, values := range maps.All(r.Header) {
@@ -89,10 +92,21 @@ func Put(ctx context.Context, js jetstream.JetStream, r *Record) error {
 	msg.Header.Set(headerLastFailedAt, r.LastFailedAt.UTC().Format(time.RFC3339Nano))
 	msg.Header.Set(headerSubject, r.Subject)
 	msg.Header.Set(headerSequence, strconv.FormatUint(r.Sequence, 10))
-	if _, err := js.PublishMsg(ctx, msg); err != nil {
-		return fmt.Errorf("put dead letter of %s: %w", r.Event.ID, err)
+	ack, err := js.PublishMsg(ctx, msg)
+	if err != nil {
+		return 0, fmt.Errorf("put dead letter of %s: %w", r.Event.ID, err)
 	}
-	return nil
+	return ack.Sequence, nil
+}
+
+// volatile is what differs between two failures of the same kind: numbers, hex, ids and quoted values.
+var volatile = regexp.MustCompile(`"[^"]*"|'[^']*'|\b(?:[a-z]+_)?[0-9A-Za-z]{20,}\b|\b0x[0-9a-f]+\b|[0-9]+`)
+
+// Fingerprint names a kind of failure: letters of the same handler and reason whose errors differ only in
+// numbers, ids and quoted values share it.
+func Fingerprint(handler string, reason Reason, errText string) string {
+	sum := sha256.Sum256([]byte(handler + "\x00" + string(reason) + "\x00" + volatile.ReplaceAllString(OneLine(errText), "?")))
+	return hex.EncodeToString(sum[:6])
 }
 
 // OneLine makes an error text fit for a header and a column: one line of valid UTF-8 of at most 2 KiB.

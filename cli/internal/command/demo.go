@@ -69,7 +69,7 @@ func (c *cli) demo(ctx context.Context, i *allinone.Instance, settings *config.S
 		Seed: report.Seed, InstanceID: settings.ClerkInstanceID, Start: time.Now().Add(-24 * time.Hour), NULs: true,
 	})
 	sender, err := emulator.NewSender(emulator.SenderConfig{
-		URL: i.State.IngestURL, Secret: settings.WebhookSigningSecret[0], Seed: report.Seed, Compress: 1000,
+		URL: i.State.IngestURL, Secret: settings.WebhookSigningSecret[0], Seed: report.Seed, Compress: 1000, Concurrency: 64,
 		Faults: emulator.Faults{Duplicate: demoDuplicate, Reorder: demoReorder},
 	})
 	if err != nil {

@@ -5,6 +5,7 @@ package inbox
 
 import (
 	"context"
+	"database/sql"
 	"errors"
 	"fmt"
 	"slices"
@@ -36,12 +37,29 @@ type Entry struct {
 	Duration time.Duration // the event's share of its batch
 	Error    string        // one line
 	Reason   string        // of the closed set of deadletter.Reason, empty for a success
+	// FirstFailedAt, NextAttemptAt, Fingerprint and LetterSeq are of a failure; zero for a success.
+	FirstFailedAt time.Time
+	NextAttemptAt time.Time
+	Fingerprint   string
+	LetterSeq     uint64
 }
 
 // Known is what the log already says of an event.
 type Known struct {
-	Status   Status
-	Attempts int
+	Status        Status
+	Attempts      int
+	FirstFailedAt time.Time
+	NextAttemptAt time.Time
+	ReplayID      string
+}
+
+// For is what the log says to this delivery of the event. A deliberate replay that the log has not seen yet
+// begins anew: its attempts count from zero, and an event that was applied is applied again.
+func (k Known) For(e *event.Event) Known {
+	if e.ReplayID != "" && e.ReplayID != k.ReplayID {
+		return Known{}
+	}
+	return k
 }
 
 // Settled tells whether the event needs nothing more from the handler.
@@ -61,11 +79,10 @@ func New(handler string) *Inbox { return &Inbox{handler: handler} }
 
 // Find returns what the log says of the events; those that it does not know are absent.
 func (i *Inbox) Find(ctx context.Context, tx *gorm.DB, ids []string) (map[string]Known, error) {
-	query, args := "SELECT event_id, status, attempts FROM deliveries WHERE handler = ? AND event_id IN (?"+strings.Repeat(",?", len(ids)-1)+")", make([]any, 0, len(ids)+1)
-	args = append(args, i.handler)
-	if database.IsPostgres(tx) {
-		query, args = "SELECT event_id, status, attempts FROM deliveries WHERE handler = $1 AND event_id = ANY($2::text[])", append(args, ids)
-	} else {
+	const columns = "SELECT event_id, status, attempts, first_failed_at, next_attempt_at, replay_id FROM deliveries WHERE handler = "
+	query, args := columns+"$1 AND event_id = ANY($2::text[])", []any{i.handler, ids}
+	if !database.IsPostgres(tx) {
+		query, args = columns+"? AND event_id IN (?"+strings.Repeat(",?", len(ids)-1)+")", []any{i.handler}
 		for _, id := range ids {
 			args = append(args, id)
 		}
@@ -79,9 +96,12 @@ func (i *Inbox) Find(ctx context.Context, tx *gorm.DB, ids []string) (map[string
 	for rows.Next() {
 		var id string
 		var k Known
-		if err := rows.Scan(&id, &k.Status, &k.Attempts); err != nil {
+		var first, next sql.NullTime
+		var replay sql.NullString
+		if err := rows.Scan(&id, &k.Status, &k.Attempts, &first, &next, &replay); err != nil {
 			return nil, fmt.Errorf("read delivery: %w", err)
 		}
+		k.FirstFailedAt, k.NextAttemptAt, k.ReplayID = first.Time, next.Time, replay.String
 		known[id] = k
 	}
 	if err := rows.Err(); err != nil {
@@ -115,9 +135,13 @@ var upsert = database.Upsert{
 		{Name: "origin", Type: "text"}, {Name: "object_id", Type: "text"}, {Name: "user_id", Type: "text"}, {Name: "status", Type: "text"},
 		{Name: "attempts", Type: "bigint"}, {Name: "received_at", Type: "timestamptz"}, {Name: "processed_at", Type: "timestamptz"},
 		{Name: "duration_ms", Type: "float8"}, {Name: "error", Type: "text"}, {Name: "reason", Type: "text"}, {Name: "stream_seq", Type: "bigint"},
+		{Name: "first_failed_at", Type: "timestamptz"}, {Name: "next_attempt_at", Type: "timestamptz"}, {Name: "fingerprint", Type: "text"},
+		{Name: "letter_seq", Type: "bigint"}, {Name: "replay_id", Type: "text"},
 	},
 	Conflict: []string{"handler", "event_id"},
-	Guard:    "deliveries.status NOT IN ('processed', 'discarded')",
+	// What is settled stays so, but for a deliberate replay that the row has not seen.
+	Guard: "(deliveries.status NOT IN ('processed', 'discarded') OR " +
+		"excluded.replay_id IS NOT NULL AND excluded.replay_id <> COALESCE(deliveries.replay_id, ''))",
 }
 
 func (i *Inbox) write(ctx context.Context, tx *gorm.DB, entries []Entry) (int64, error) {
@@ -130,6 +154,7 @@ func (i *Inbox) write(ctx context.Context, tx *gorm.DB, entries []Entry) (int64,
 			i.handler, ev.ID, string(ev.Type), ev.Source, string(ev.Origin), null(ev.Object.ID), null(ev.Object.UserID),
 			string(e.Status), int64(e.Attempts), ev.ReceivedAt.UTC(), now, float64(e.Duration.Microseconds()) / 1000,
 			null(e.Error), null(e.Reason), int64(ev.Seq), //nolint:gosec // a sequence stays far below 2^63
+			nullTime(e.FirstFailedAt), nullTime(e.NextAttemptAt), null(e.Fingerprint), nullSeq(e.LetterSeq), null(ev.ReplayID),
 		}
 	}
 	n, err := upsert.Exec(ctx, tx, rows)
@@ -144,4 +169,18 @@ func null(s string) any {
 		return nil
 	}
 	return s
+}
+
+func nullTime(at time.Time) any {
+	if at.IsZero() {
+		return nil
+	}
+	return at.UTC()
+}
+
+func nullSeq(seq uint64) any {
+	if seq == 0 {
+		return nil
+	}
+	return int64(seq) //nolint:gosec // a sequence stays far below 2^63
 }
