@@ -183,6 +183,7 @@ var benchKey, _ = base64.StdEncoding.DecodeString(strings.TrimPrefix(secret, "wh
 
 // send posts one event and wants a 202.
 func (s *sender) send(b testing.TB, body []byte) {
+	b.Helper()
 	id, at := newID(), strconv.FormatInt(time.Now().Unix(), 10)
 	mac := hmac.New(sha256.New, benchKey)
 	_, _ = io.WriteString(mac, id+"."+at+".")

@@ -79,7 +79,7 @@ func (b *broker) watch(ctx context.Context) {
 	}
 	for {
 		pace := probeEvery
-		err, conclusive := b.probe(ctx)
+		conclusive, err := b.probe(ctx)
 		if !conclusive {
 			pace = probeRarely
 		}
@@ -101,9 +101,9 @@ func (b *broker) watch(ctx context.Context) {
 
 // probe asks for the stream. It is not conclusive where nobody answers: the broker may not allow the question
 // (ingest needs no more than to publish), and then connection and publishes decide.
-func (b *broker) probe(ctx context.Context) (err error, conclusive bool) {
+func (b *broker) probe(ctx context.Context) (conclusive bool, err error) {
 	if !b.js.Conn().IsConnected() {
-		return nil, true // check sees it by itself
+		return true, nil // check sees it by itself
 	}
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
@@ -111,18 +111,18 @@ func (b *broker) probe(ctx context.Context) (err error, conclusive bool) {
 	var api *jetstream.APIError
 	switch {
 	case errors.Is(err, jetstream.ErrStreamNotFound):
-		return fmt.Errorf("stream %s is missing: run `usher setup`", stream.Events), true
+		return true, fmt.Errorf("stream %s is missing: run `usher setup`", stream.Events)
 	case errors.Is(err, jetstream.ErrJetStreamNotEnabled), errors.Is(err, jetstream.ErrJetStreamNotEnabledForAccount):
-		return errors.New("JetStream is not enabled at the broker"), true
+		return true, errors.New("JetStream is not enabled at the broker")
 	case errors.As(err, &api):
-		return fmt.Errorf("the broker cannot serve stream %s: %s", stream.Events, api.Description), true
+		return true, fmt.Errorf("the broker cannot serve stream %s: %s", stream.Events, api.Description)
 	case err != nil:
-		return nil, false
+		return false, nil
 	}
 	info := s.CachedInfo()
 	if c := info.Config; c.MaxBytes > 0 && c.Discard == jetstream.DiscardNew &&
 		info.State.Bytes+fullBelow > uint64(c.MaxBytes) {
-		return errFull, true
+		return true, errFull
 	}
-	return nil, true
+	return true, nil
 }

@@ -206,7 +206,12 @@ func (s *Service) Name() string { return "ingest" }
 func (s *Service) Addr() string { return s.listener.Addr().String() }
 
 // Close frees the listener of a service that was never run.
-func (s *Service) Close() error { return s.listener.Close() }
+func (s *Service) Close() error {
+	if err := s.listener.Close(); err != nil {
+		return fmt.Errorf("close listener for webhooks: %w", err)
+	}
+	return nil
+}
 
 func (s *Service) check() error {
 	if s.stopping.Load() {
@@ -252,11 +257,16 @@ func (s *Service) Run(ctx context.Context) error {
 
 	// Not ready comes first; bodies that are still on their way then have until PublishTimeout before the
 	// end of the grace period, so that their senders get an answer too.
-	stopped := context.AfterFunc(ctx, func() {
+	served := make(chan struct{})
+	defer close(served)
+	defer context.AfterFunc(ctx, func() {
 		s.stopping.Store(true)
-		time.AfterFunc(s.cfg.Grace-s.cfg.PublishTimeout, s.slow.cut)
-	})
-	defer stopped()
+		select {
+		case <-served:
+		case <-time.After(s.cfg.Grace - s.cfg.PublishTimeout):
+			s.slow.cut()
+		}
+	})()
 	err := observe.Serve(ctx, server, s.listener, s.cfg.Grace)
 	if err != nil {
 		return err

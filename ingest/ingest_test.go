@@ -131,7 +131,9 @@ func TestLeastPrivilege(t *testing.T) {
 			}},
 		}
 	})
-	as := func(user string) string { return strings.Replace(broker.URL(), "nats://", "nats://"+user+":"+user+"@", 1) }
+	as := func(user string) string {
+		return strings.Replace(broker.URL(), "nats://", "nats://"+user+":"+user+"@", 1)
+	}
 	admin, err := stream.Connect(as("admin"), "", "admin", zap.NewNop())
 	require.NoError(t, err)
 	defer admin.Close()
@@ -431,7 +433,7 @@ func TestStopUnderLoad(t *testing.T) {
 		counted += b.counted(res)
 	}
 	// net/http may close a connection on which nothing was read; what the handler took is answered.
-	assert.EqualValues(t, answered.Load(), counted)
+	assert.InDelta(t, answered.Load(), counted, 0)
 	in := map[string]bool{}
 	for _, m := range b.all() {
 		in[m.Header.Get(jetstream.MsgIDHeader)] = true

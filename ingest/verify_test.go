@@ -20,7 +20,9 @@ import (
 // publishFunc is a Publisher.
 type publishFunc func(ctx context.Context, e *event.Event) (stream.Ack, error)
 
-func (f publishFunc) Publish(ctx context.Context, e *event.Event) (stream.Ack, error) { return f(ctx, e) }
+func (f publishFunc) Publish(ctx context.Context, e *event.Event) (stream.Ack, error) {
+	return f(ctx, e)
+}
 
 func TestSignatureVectors(t *testing.T) {
 	t.Parallel()

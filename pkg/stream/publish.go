@@ -52,7 +52,7 @@ type Publisher struct {
 	once    sync.Once
 	done    chan struct{}
 	plain   sync.WaitGroup // publishes past the queue
-	mu      sync.RWMutex   // orders the last Add to plain before Close waits
+	mu      sync.RWMutex   // orders every Add to plain before closing
 
 	noBatchUntil time.Time // only the commit loop uses it
 }
@@ -84,8 +84,6 @@ func NewPublisher(js jetstream.JetStream, replicas int) *Publisher {
 		go func() {
 			defer close(p.done)
 			<-p.closing
-			p.mu.Lock() // whoever saw the publisher open is counted now
-			p.mu.Unlock()
 			p.plain.Wait()
 		}()
 	}
@@ -149,7 +147,11 @@ func (p *Publisher) enter() bool {
 
 // Close commits what is queued, then refuses everything. It returns once every caller was answered.
 func (p *Publisher) Close() {
-	p.once.Do(func() { close(p.closing) })
+	p.once.Do(func() {
+		p.mu.Lock() // whoever saw the publisher open is counted in plain
+		defer p.mu.Unlock()
+		close(p.closing)
+	})
 	<-p.done
 }
 

@@ -3,7 +3,6 @@ package stream_test
 import (
 	"context"
 	"crypto/rand"
-	"errors"
 	"fmt"
 	"strings"
 	"sync"
@@ -22,8 +21,10 @@ import (
 )
 
 func newEvent(id string) *event.Event {
-	return &event.Event{ID: id, Type: "user.created", Source: "clerk", Origin: event.OriginWebhook, Raw: []byte(`{"id":"` + id + `"}`),
-		ReceivedAt: time.Now(), Object: event.Object{ID: "user_1", UserID: "user_1"}}
+	return &event.Event{
+		ID: id, Type: "user.created", Source: "clerk", Origin: event.OriginWebhook, Raw: []byte(`{"id":"` + id + `"}`),
+		ReceivedAt: time.Now(), Object: event.Object{ID: "user_1", UserID: "user_1"},
+	}
 }
 
 func newEvents(n int) []*event.Event {
@@ -42,7 +43,7 @@ type published struct {
 // publishAll publishes all at once and waits for every answer.
 func publishAll(t *testing.T, p *stream.Publisher, events []*event.Event) []published {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), stream.PublishTimeout)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second) // a loaded machine is no failure
 	defer cancel()
 	results := make([]published, len(events))
 	var group sync.WaitGroup
@@ -299,14 +300,16 @@ func TestPublish(t *testing.T) {
 		t.Run(fmt.Sprintf("CloseAnswersEveryone/replicas=%d", replicas), func(t *testing.T) {
 			t.Parallel()
 			p, _, _, js := setup(t, replicas)
-			events := newEvents(2000)
+			events := newEvents(600)
 			results := make([]published, len(events))
 			entered := make(chan struct{}, len(events))
 			var group sync.WaitGroup
 			for i, e := range events {
 				group.Go(func() {
 					entered <- struct{}{}
-					results[i].ack, results[i].err = p.Publish(t.Context(), e)
+					ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+					defer cancel()
+					results[i].ack, results[i].err = p.Publish(ctx, e)
 				})
 			}
 			for range len(events) / 2 {
@@ -316,14 +319,15 @@ func TestPublish(t *testing.T) {
 			p.Close()
 			atClose := ids(t, js) // nothing is published after Close returned
 			group.Wait()
-			assert.Equal(t, atClose, ids(t, js))
 			for i, r := range results {
 				if r.err == nil {
 					assert.Equal(t, 1, atClose[events[i].ID])
 				} else {
 					assert.ErrorIs(t, r.err, stream.ErrClosed)
+					assert.Zero(t, atClose[events[i].ID])
 				}
 			}
+			assert.Equal(t, atClose, ids(t, js))
 			_, err := p.Publish(t.Context(), newEvent("msg_late"))
 			assert.ErrorIs(t, err, stream.ErrClosed)
 		})
@@ -393,6 +397,6 @@ func TestConnect(t *testing.T) {
 	defer p.Close()
 	_, err = p.Publish(t.Context(), newEvent("msg_1"))
 	require.ErrorIs(t, err, stream.ErrUnavailable)
-	assert.False(t, errors.Is(err, stream.ErrFull))
+	require.NotErrorIs(t, err, stream.ErrFull)
 	assert.True(t, strings.HasPrefix(err.Error(), "publish msg_1: "))
 }
