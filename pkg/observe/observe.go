@@ -132,6 +132,9 @@ func (o *Ops) Name() string { return "ops" }
 // Addr is where the server listens.
 func (o *Ops) Addr() string { return o.listener.Addr().String() }
 
+// Close gives the listener back where Run is never called. It may be called after Run, and more than once.
+func (o *Ops) Close() { _ = o.listener.Close() }
+
 // Run serves until ctx is done.
 func (o *Ops) Run(ctx context.Context) error { return Serve(ctx, o.server, o.listener, 2*time.Second) }
 

@@ -199,6 +199,7 @@ func (i *Instance) open(b brokerAccess) error {
 	if err != nil {
 		return err //nolint:wrapcheck // says what it did
 	}
+	i.closers.Add(func() error { ops.Close(); return nil })
 	ingestJS, err := i.connect(b, "ingest")
 	if err != nil {
 		return err
@@ -226,12 +227,14 @@ func (i *Instance) open(b brokerAccess) error {
 	if err != nil {
 		return err //nolint:wrapcheck // says what it did
 	}
+	i.closers.Add(func() error { rec.Close(); return nil })
 	con, err := console.New(console.Config{
-		Addr: s.ConsoleAddr, AdminToken: s.AdminToken, NATSURL: b.url, NATSCreds: b.creds, NATSOptions: b.options,
+		Addr: s.ConsoleAddr, AdminToken: s.AdminToken, NATSURL: b.url, NATSCreds: b.creds, NATSOptions: b.options, DB: i.DB,
 	}, log, i.Health)
 	if err != nil {
 		return err //nolint:wrapcheck // says what it did
 	}
+	i.closers.Add(func() error { con.Close(); return nil })
 	i.services = []lifecycle.Service{ops, in, w, rec, con}
 	i.State.IngestURL = "http://" + reachable(in.Addr()) + "/webhooks/clerk"
 	i.State.OpsURL = "http://" + reachable(ops.Addr())

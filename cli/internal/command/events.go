@@ -91,8 +91,9 @@ func (c *cli) eventsList() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "list",
 		Short: "List events and what became of them, newest first",
-		Long: "list reads the delivery log, so an event appears as soon as a handler had it in hand. --status and --handler select\n" +
-			"by what became of an event: at that handler, or at any where none is named.",
+		Long: "list reads the delivery log, so an event appears as soon as a handler had it in hand. --status is that of the handler\n" +
+			"named with --handler; where none is named, an event is processed when it is so by all that had it in hand, and\n" +
+			"retrying, dead or discarded when it is so by any.",
 		Example: "  usher events list --type 'user.*' --since 24h\n" +
 			"  usher events list --status dead --output json\n" +
 			"  usher events list --user user_… --limit 10",
@@ -154,22 +155,12 @@ func (c *cli) listEvents(ctx context.Context, o listOptions) (listing[listedEven
 // know whether a next page exists.
 func findEvents(tx *gorm.DB, o listOptions) (listing[listedEvent], error) {
 	var list listing[listedEvent]
-	q := o.typ.where(tx.Table("deliveries")).Where("handler = ?", cmp.Or(o.handler, baseHandler))
+	q := o.typ.where(o.whereStatus(tx.Table(o.table(database.IsPostgres(tx)))))
 	if o.user != "" {
 		q = q.Where("user_id = ?", o.user)
 	}
 	if o.source != "" {
 		q = q.Where("source = ?", o.source)
-	}
-	// The status stands in the text, not in a parameter (it is one of four words), so that the partial index of
-	// what is not processed serves.
-	switch {
-	case o.status != "" && o.handler != "":
-		q = q.Where("status = '" + o.status + "'")
-	case o.status == "processed":
-		q = q.Where("EXISTS (SELECT 1 FROM deliveries AS d WHERE d.event_id = deliveries.event_id AND d.status = 'processed' AND d.handler IN (?))", handlers(tx))
-	case o.status != "":
-		q = q.Where("event_id IN (SELECT event_id FROM deliveries WHERE status = '" + o.status + "')")
 	}
 	if !o.since.at.IsZero() {
 		q = q.Where("received_at >= ?", o.since.at.UTC())
@@ -191,6 +182,42 @@ func findEvents(tx *gorm.DB, o listOptions) (listing[listedEvent], error) {
 		list.Next = newCursor(last.ReceivedAt, last.ID)
 	}
 	return list, addDeliveries(tx, list.Items)
+}
+
+// table names the index to read by, in SQLite: nearly every row passes most conditions and the newest are wanted, which
+// PostgreSQL knows from its statistics, while SQLite takes every condition for a rare one and sorts the whole table.
+func (o *listOptions) table(isPostgres bool) string {
+	switch open := o.status != "" && o.status != "processed"; {
+	case isPostgres, open && o.handler == "":
+		return "deliveries"
+	case o.user != "":
+		return "deliveries INDEXED BY deliveries_user"
+	case open:
+		return "deliveries INDEXED BY deliveries_open"
+	default:
+		return "deliveries INDEXED BY deliveries_received"
+	}
+}
+
+// whereStatus narrows a query to one handler's rows and to a status: that handler's where one was named, else that of
+// the event as a whole. The status stands in the text, not in a parameter (it is one of four words), and with what it implies,
+// so that both databases see that the partial index of what is not processed serves.
+func (o *listOptions) whereStatus(q *gorm.DB) *gorm.DB {
+	open := "status = '" + o.status + "' AND status <> 'processed'"
+	switch {
+	case o.status == "":
+	case o.status == "processed":
+		q = q.Where("status = 'processed'")
+		if o.handler == "" { // by every handler that had it in hand
+			q = q.Where(`NOT EXISTS (SELECT 1 FROM deliveries AS d
+				WHERE d.received_at = deliveries.received_at AND d.event_id = deliveries.event_id AND d.status <> 'processed')`)
+		}
+	case o.handler != "":
+		q = q.Where(open)
+	default: // at any handler; few rows, looked up by the key
+		q = q.Where("event_id IN (SELECT event_id FROM deliveries WHERE " + open + ")")
+	}
+	return q.Where("handler = ?", cmp.Or(o.handler, baseHandler))
 }
 
 const headColumns = "event_id, type, source, origin, object_id, user_id, received_at, stream_seq"

@@ -32,7 +32,7 @@ import (
 	"github.com/usherhq/usher/worker"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m, dbtest.IgnoreLeaks()...) }
 
 // harness runs commands as a shell does, with an environment of its own.
 type harness struct {
