@@ -55,7 +55,7 @@ func TestMain(m *testing.M) {
 
 // process is a running usher.
 type process struct {
-	t      *testing.T
+	t      testing.TB
 	cmd    *exec.Cmd
 	stdout bytes.Buffer
 	stderr bytes.Buffer
@@ -63,7 +63,7 @@ type process struct {
 }
 
 // start runs usher with an environment of its own: nothing of the machine's settings comes in.
-func start(t *testing.T, env []string, args ...string) *process {
+func start(t testing.TB, env []string, args ...string) *process {
 	t.Helper()
 	path, err := binary()
 	require.NoError(t, err)
