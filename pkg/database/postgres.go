@@ -39,9 +39,10 @@ func openPostgres(ctx context.Context, url, schema string) (*gorm.DB, error) {
 	cfg.ConnectTimeout = connectTimeout
 	cfg.RuntimeParams["search_path"] = pgx.Identifier{schema}.Sanitize()
 	cfg.RuntimeParams["timezone"] = "UTC"
-	if cfg.RuntimeParams["application_name"] == "" {
-		cfg.RuntimeParams["application_name"] = "usher"
-	}
+	// A connection lives while tables grow from nothing to millions of rows. A generic plan that was made for the empty table
+	// stays until the next ANALYZE (measured: 88 ms instead of 2 for a batch's look into the inbox); a new plan costs some 0.1 ms.
+	setDefault(cfg.RuntimeParams, "plan_cache_mode", "force_custom_plan")
+	setDefault(cfg.RuntimeParams, "application_name", "usher")
 	pool := stdlib.OpenDB(*cfg, stdlib.OptionAfterConnect(func(_ context.Context, conn *pgx.Conn) error {
 		conn.TypeMap().RegisterType(&pgtype.Type{Name: "timestamptz", OID: pgtype.TimestamptzOID, Codec: &pgtype.TimestamptzCodec{ScanLocation: time.UTC}})
 		return nil
@@ -118,5 +119,12 @@ func reason(err error) string {
 			return text
 		}
 		err = inner
+	}
+}
+
+// setDefault leaves what the URL says.
+func setDefault(params map[string]string, name, value string) {
+	if params[name] == "" {
+		params[name] = value
 	}
 }
