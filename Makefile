@@ -48,8 +48,8 @@ lint: $(GOLANGCI_LINT) ## run the linters and the import rules, and prove that t
 	@./scripts/lint-rules $(GOLANGCI_LINT)
 
 .PHONY: format
-format: $(GOLANGCI_LINT) ## rewrite the code as the linter wants it formatted
-	$(GOLANGCI_LINT) fmt $(MODULES)
+format: $(GOLANGCI_LINT) ## rewrite the code as the linter wants it, where it knows how
+	$(GOLANGCI_LINT) run --fix $(foreach m,$(MODULES),./$(m)/...)
 
 # A linter of the right version that is already on the machine is taken; else it is built from source.
 $(GOLANGCI_LINT):

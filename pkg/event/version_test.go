@@ -118,11 +118,11 @@ func TestALateUpdateLosesAgainstTheTombstone(t *testing.T) {
 func TestAStubLosesAgainstEverythingButAnOlderStub(t *testing.T) {
 	t.Parallel()
 	rapid.Check(t, func(t *rapid.T) {
-		any := anyEvent().Draw(t, "event")
+		full := anyEvent().Draw(t, "event")
 		stubber := anyEvent().Draw(t, "stubber")
 		stub := stubber.StubVersion(anyTime().Draw(t, "stub's updated_at"))
-		if any.Version().Compare(stub) <= 0 {
-			t.Fatalf("%+v does not beat the stub %+v", any.Version(), stub)
+		if full.Version().Compare(stub) <= 0 {
+			t.Fatalf("%+v does not beat the stub %+v", full.Version(), stub)
 		}
 	})
 	e := event.Event{ID: "msg_1"}

@@ -153,7 +153,9 @@ func Serve(ctx context.Context, server *http.Server, listener net.Listener, grac
 	if errors.Is(err, context.DeadlineExceeded) {
 		err = server.Close()
 	}
-	<-failed
+	if served := <-failed; err == nil && !errors.Is(served, http.ErrServerClosed) {
+		err = served
+	}
 	if err != nil {
 		return fmt.Errorf("stop serving %s: %w", listener.Addr(), err)
 	}
