@@ -26,7 +26,14 @@ import (
 	"github.com/usherhq/usher/pkg/stream"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	// A nats-server that is stopped in the middle of an atomic batch leaves the staging store of that batch running.
+	const server = "github.com/nats-io/nats-server/v2/server"
+	goleak.VerifyTestMain(m,
+		goleak.IgnoreAnyFunction(server+".(*msgBlock).flushLoop"),
+		goleak.IgnoreAnyFunction(server+".(*fileStore).flushStreamStateLoop"),
+		goleak.IgnoreAnyFunction(server+"/ats.Register.func1"))
+}
 
 const (
 	secret    = "whsec_Y2xlcmstbWlycm9yLXRlc3Qta2V5LTI0"

@@ -30,6 +30,7 @@ const (
 	maxBatch      = 500
 	maxBatchBytes = 4 << 20
 	queueSize     = 4096
+	afterBatch    = 300 * time.Microsecond
 )
 
 // Ack says that an event is on disk.
@@ -54,7 +55,9 @@ type Publisher struct {
 	plain   sync.WaitGroup // publishes past the queue
 	mu      sync.RWMutex   // orders every Add to plain before closing
 
-	noBatchUntil time.Time // only the commit loop uses it
+	// Only the commit loop uses these.
+	busy         bool // the last group was a batch
+	noBatchUntil time.Time
 }
 
 type item struct {
@@ -174,7 +177,9 @@ func (p *Publisher) commitLoop() {
 	}
 }
 
-// collect takes what is queued right now, without waiting for more.
+// collect takes what is queued right now. It waits for more only under load, and only once and for less than a
+// commit takes: right after a batch its callers are about to send again, and whoever comes first would else
+// go out alone with an fsync that all the others wait for.
 func (p *Publisher) collect(first *item) []*item {
 	group, size := []*item{first}, len(first.event.Raw)
 	for len(group) < maxBatch && size < maxBatchBytes {
@@ -182,10 +187,16 @@ func (p *Publisher) collect(first *item) []*item {
 		case it := <-p.queue:
 			group = append(group, it)
 			size += len(it.event.Raw)
+			continue
 		default:
-			return group
 		}
+		if !p.busy || len(group) >= minBatch {
+			break
+		}
+		p.busy = false
+		time.Sleep(afterBatch)
 	}
+	p.busy = len(group) >= minBatch
 	return group
 }
 
