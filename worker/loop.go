@@ -351,12 +351,15 @@ const stopGrace = 10 * time.Second
 // withGrace returns a context that ends a while after its parent. The function releases it.
 func withGrace(parent context.Context, grace time.Duration) (context.Context, func()) {
 	ctx, cancel := context.WithCancel(context.WithoutCancel(parent))
-	var timer *time.Timer
-	stop := context.AfterFunc(parent, func() { timer = time.AfterFunc(grace, cancel) })
-	return ctx, func() {
-		if !stop() && timer != nil {
-			timer.Stop()
+	stop := context.AfterFunc(parent, func() {
+		select {
+		case <-time.After(grace):
+			cancel()
+		case <-ctx.Done():
 		}
+	})
+	return ctx, func() {
+		stop()
 		cancel()
 	}
 }

@@ -389,7 +389,8 @@ func (s *Settings) List() []Setting {
 // Origin says where the value of a setting comes from: default, environment, flag, or DATABASE_URL.
 func (s *Settings) Origin(name string) string { return s.origins[name] }
 
-// mask hides a secret; of a URL only the password.
+// mask hides a secret; of a URL everything that may be one: the password, a user without a password (a token), and
+// what the query says.
 func mask(value, secret string) string {
 	switch {
 	case value == "" || secret == "":
@@ -399,7 +400,19 @@ func mask(value, secret string) string {
 		if err != nil {
 			return "redacted"
 		}
-		return u.Redacted()
+		if _, has := u.User.Password(); has {
+			u.User = url.UserPassword(u.User.Username(), "redacted")
+		} else if u.User != nil && !strings.HasPrefix(u.Scheme, "postgres") {
+			u.User = url.User("redacted")
+		}
+		query := u.Query()
+		for name := range query {
+			if name != "sslmode" {
+				query.Set(name, "redacted")
+			}
+		}
+		u.RawQuery = query.Encode()
+		return u.String()
 	default:
 		return "redacted"
 	}

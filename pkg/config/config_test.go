@@ -80,3 +80,16 @@ func TestBytes(t *testing.T) {
 	var b Bytes
 	require.Error(t, b.EnvDecode(t.Context(), "ten"))
 }
+
+func TestURLsAreMasked(t *testing.T) {
+	for in, want := range map[string]string{
+		"postgres://ann:hush@h:5432/db?sslmode=require": "postgres://ann:redacted@h:5432/db?sslmode=require",
+		"postgres://h/db?user=ann&password=hush":        "postgres://h/db?password=redacted&user=redacted",
+		"postgres://ann@h/db":                           "postgres://ann@h/db",
+		"nats://hush@h:4222":                            "nats://redacted@h:4222",
+		"sqlite:usher-data/usher.db":                    "sqlite:usher-data/usher.db",
+		"postgres://ann:hu sh@h/%zz":                    "redacted",
+	} {
+		assert.Equal(t, want, mask(in, "url"))
+	}
+}
