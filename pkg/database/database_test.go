@@ -426,8 +426,18 @@ func TestUpsertCountsWhatItWrote(t *testing.T) {
 	t.Parallel()
 	upsert := &database.Upsert{
 		Table: "deliveries", Conflict: []string{"handler", "event_id"}, Guard: "deliveries.attempts < excluded.attempts",
-		Columns: []database.Column{{Name: "handler", Type: "text"}, {Name: "event_id", Type: "text"}, {Name: "type", Type: "text"}, {Name: "source", Type: "text"}, {Name: "origin", Type: "text"},
-			{Name: "status", Type: "text"}, {Name: "attempts", Type: "bigint"}, {Name: "received_at", Type: "timestamptz"}, {Name: "duration_ms", Type: "float8"}, {Name: "error", Type: "text"}},
+		Columns: []database.Column{
+			{Name: "handler", Type: "text"},
+			{Name: "event_id", Type: "text"},
+			{Name: "type", Type: "text"},
+			{Name: "source", Type: "text"},
+			{Name: "origin", Type: "text"},
+			{Name: "status", Type: "text"},
+			{Name: "attempts", Type: "bigint"},
+			{Name: "received_at", Type: "timestamptz"},
+			{Name: "duration_ms", Type: "float8"},
+			{Name: "error", Type: "text"},
+		},
 	}
 	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {
 		rows := func(n int, attempts int64) (rows [][]any) {

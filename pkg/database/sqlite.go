@@ -68,7 +68,7 @@ func openSQLite(ctx context.Context, path string) (*gorm.DB, error) {
 
 // private creates the file for its owner alone: it holds addresses.
 func private(path string) error {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600) //nolint:gosec // the path is the operator's
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return err //nolint:wrapcheck // the caller says what it was for
 	}
@@ -83,8 +83,8 @@ var (
 )
 
 func writerOf(path string) chan struct{} {
-	if real, err := filepath.EvalSymlinks(path); err == nil {
-		path = real
+	if target, err := filepath.EvalSymlinks(path); err == nil {
+		path = target
 	}
 	writersMu.Lock()
 	defer writersMu.Unlock()

@@ -125,7 +125,7 @@ type array struct {
 
 // Dimensions implements pgtype.ArrayGetter.
 func (a array) Dimensions() []pgtype.ArrayDimension {
-	return []pgtype.ArrayDimension{{Length: int32(len(a.rows)), LowerBound: 1}} //nolint:gosec // a batch is small
+	return []pgtype.ArrayDimension{{Length: int32(len(a.rows)), LowerBound: 1}}
 }
 
 // Index implements pgtype.ArrayGetter.

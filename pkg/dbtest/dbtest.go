@@ -116,7 +116,7 @@ var sqliteTemplate = sync.OnceValues(func() ([]byte, error) {
 	if err := migrate("sqlite:" + file); err != nil {
 		return nil, err
 	}
-	return os.ReadFile(file) //nolint:wrapcheck // names the file
+	return os.ReadFile(file)
 })
 
 // cluster is the server that all tests of the process share.
@@ -202,7 +202,7 @@ func unique() string {
 func migrate(address string) error {
 	db, err := database.Open(context.Background(), address, Schema)
 	if err != nil {
-		return err //nolint:wrapcheck // says what it did
+		return err
 	}
 	_, err = database.Migrate(context.Background(), db)
 	return errors.Join(err, database.Close(db))

@@ -64,11 +64,11 @@ func TestServerEndsWithAKilledProcess(t *testing.T) {
 		t.Skip("skipped: TEST_DATABASE_URL names a server that is not ours")
 	}
 	t.Parallel()
-	dbtest.PostgresURL(t) // skips where there is none
+	dbtest.PostgresURL(t)                         // skips where there is none
 	dir, err := os.MkdirTemp("", "dbtest-child-") // t.TempDir is below a folder that PostgreSQL's user may not enter
 	require.NoError(t, err)
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	require.NoError(t, os.Chmod(dir, 0o777)) //nolint:gosec // as above
+	require.NoError(t, os.Chmod(dir, 0o777))
 	child := exec.Command(os.Args[0], "-test.run", "^TestServerEndsWithAKilledProcess$", "-test.v")
 	child.Env = append(os.Environ(), "DBTEST_CHILD=1", "TMPDIR="+dir)
 	out, err := child.StdoutPipe()

@@ -125,7 +125,7 @@ func (s *Server) watch() error {
 		return fmt.Errorf("make pipe: %w", err)
 	}
 	s.alive = alive
-	s.watchdog = exec.Command("/bin/sh", "-c", watchdog, "dbtest", s.dir) //nolint:gosec // our own folder
+	s.watchdog = exec.Command("/bin/sh", "-c", watchdog, "dbtest", s.dir)
 	s.watchdog.Dir, s.watchdog.Stdin = "/", stdin
 	s.watchdog.SysProcAttr = s.attributes()
 	err = s.watchdog.Start()
@@ -153,10 +153,10 @@ func (s *Server) remove() {
 
 func (s *Server) init() error {
 	secret := filepath.Join(s.dir, "password")
-	if err := os.WriteFile(secret, []byte(password), 0o644); err != nil { //nolint:gosec // a password of nothing
+	if err := os.WriteFile(secret, []byte(password), 0o644); err != nil {
 		return fmt.Errorf("write password: %w", err)
 	}
-	initdb := exec.Command(filepath.Join(s.bin, "initdb"), "-D", filepath.Join(s.dir, "data"), "-U", "postgres", "--pwfile", secret, //nolint:gosec // of this machine
+	initdb := exec.Command(filepath.Join(s.bin, "initdb"), "-D", filepath.Join(s.dir, "data"), "-U", "postgres", "--pwfile", secret,
 		"--auth-host", "scram-sha-256", "--auth-local", "trust", "--encoding", "UTF8", "--locale", "C.UTF-8", "--no-sync")
 	initdb.Dir = s.dir
 	initdb.SysProcAttr = s.attributes()
@@ -179,11 +179,11 @@ func (s *Server) start() error {
 	if s.postgres != nil {
 		return nil
 	}
-	log, err := os.OpenFile(filepath.Join(s.dir, "log"), os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o644) //nolint:gosec // for whom the test shows it to
+	log, err := os.OpenFile(filepath.Join(s.dir, "log"), os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o644)
 	if err != nil {
 		return fmt.Errorf("create log: %w", err)
 	}
-	cmd := exec.Command(filepath.Join(s.bin, "postgres"), "-D", filepath.Join(s.dir, "data"), "-h", "127.0.0.1", "-p", strconv.Itoa(s.port), "-k", s.dir, //nolint:gosec // of this machine
+	cmd := exec.Command(filepath.Join(s.bin, "postgres"), "-D", filepath.Join(s.dir, "data"), "-h", "127.0.0.1", "-p", strconv.Itoa(s.port), "-k", s.dir,
 		"-c", "fsync=on", "-c", "max_connections=200", "-c", "shared_buffers=128MB", "-c", "max_wal_size=2GB", "-c", "log_min_messages=warning")
 	cmd.Dir, cmd.Stdout, cmd.Stderr, cmd.SysProcAttr = s.dir, log, log, s.attributes()
 	err = cmd.Start()
@@ -282,7 +282,7 @@ func freePort() (int, error) {
 		return 0, fmt.Errorf("find a free port: %w", err)
 	}
 	port := l.Addr().(*net.TCPAddr).Port //nolint:forcetypeassert // of "tcp"
-	return port, l.Close()               //nolint:wrapcheck // cannot fail in a way that matters
+	return port, l.Close()
 }
 
 // execOn runs one statement on a connection of its own.

@@ -28,7 +28,7 @@ func users(tb testing.TB, from, n int, verb string, at int64) []event.Event {
 	for i := range batch {
 		no := from + i
 		body := strings.NewReplacer(
-			"user_38HzI2pYfb8qPaRGOtjol4SEChQ", fmt.Sprintf("user_%027d", uint64(no)*11400714819323198485>>16), //nolint:gosec // positive
+			"user_38HzI2pYfb8qPaRGOtjol4SEChQ", fmt.Sprintf("user_%027d", uint64(no)*11400714819323198485>>16),
 			"ada.lovelace@", fmt.Sprintf("person.%d@", no),
 			"1768471200018", strconv.FormatInt(at, 10), "1768471200036", strconv.FormatInt(at+20, 10), "user.created", "user."+verb,
 		).Replace(string(template))

@@ -150,7 +150,7 @@ func hex4(b []byte) int64 {
 	if err != nil {
 		return -1
 	}
-	return int64(code) //nolint:gosec // four digits
+	return int64(code)
 }
 
 // replacement stands for what cannot be stored.
@@ -196,24 +196,18 @@ func rewrite(raw []byte) []byte {
 // appendString appends a string with its quotes.
 func appendString(out, body []byte) []byte {
 	for i := 0; i < len(body); {
-		switch {
-		case body[i] == '\\':
-			size, ok := escape(body[i:])
-			if ok {
-				out = append(out, body[i:i+size]...)
-			} else {
-				out = append(out, replacement...)
-			}
-			i += size
-		default:
-			r, size := utf8.DecodeRune(body[i:])
-			if r == utf8.RuneError && size == 1 || r == 0 {
-				out = append(out, replacement...)
-			} else {
-				out = append(out, body[i:i+size]...)
-			}
-			i += size
+		size, ok := escape(body[i:])
+		if body[i] != '\\' {
+			var r rune
+			r, size = utf8.DecodeRune(body[i:])
+			ok = r != 0 && (r != utf8.RuneError || size > 1)
 		}
+		if ok {
+			out = append(out, body[i:i+size]...)
+		} else {
+			out = append(out, replacement...)
+		}
+		i += size
 	}
 	return out
 }

@@ -36,10 +36,10 @@ func TestGolden(t *testing.T) {
 				got := rolledBack(t, db, events)
 				file := filepath.Join("testdata", "golden", filepath.FromSlash(name)+".txt")
 				if *update && kind.name == "postgres" {
-					require.NoError(t, os.MkdirAll(filepath.Dir(file), 0o755)) //nolint:gosec // part of the repository
-					require.NoError(t, os.WriteFile(file, []byte(got), 0o644)) //nolint:gosec // part of the repository
+					require.NoError(t, os.MkdirAll(filepath.Dir(file), 0o755))
+					require.NoError(t, os.WriteFile(file, []byte(got), 0o644))
 				}
-				want, err := os.ReadFile(file) //nolint:gosec // testdata
+				want, err := os.ReadFile(file)
 				require.NoError(t, err, "run with -update")
 				assert.Equal(t, string(want), got, name)
 			}

@@ -68,22 +68,29 @@ func dump(t testing.TB, db *gorm.DB) string {
 				columns = append(columns, name)
 			}
 		}
-		rows, err := db.Raw("SELECT " + strings.Join(columns, ", ") + " FROM " + table.Name + " ORDER BY id").Rows()
-		require.NoError(t, err)
-		for rows.Next() {
-			values, targets := make([]any, len(columns)), make([]any, len(columns))
-			for i := range values {
-				targets[i] = &values[i]
-			}
-			require.NoError(t, rows.Scan(targets...))
-			fmt.Fprintf(&out, "%s %s\n", table.Name, values[0])
-			for i, name := range columns[1:] {
-				fmt.Fprintf(&out, "  %s: %s\n", name, show(t, kinds[name], values[i+1]))
-			}
-		}
-		require.NoError(t, rows.Err())
-		require.NoError(t, rows.Close())
+		out.WriteString(dumpTable(t, db, table.Name, columns, kinds))
 	}
+	return out.String()
+}
+
+func dumpTable(t testing.TB, db *gorm.DB, table string, columns []string, kinds map[string]mirror.Kind) string {
+	t.Helper()
+	rows, err := db.Raw("SELECT " + strings.Join(columns, ", ") + " FROM " + table + " ORDER BY id").Rows()
+	require.NoError(t, err)
+	defer func() { _ = rows.Close() }()
+	var out strings.Builder
+	for rows.Next() {
+		values, targets := make([]any, len(columns)), make([]any, len(columns))
+		for i := range values {
+			targets[i] = &values[i]
+		}
+		require.NoError(t, rows.Scan(targets...))
+		fmt.Fprintf(&out, "%s %s\n", table, values[0])
+		for i, name := range columns[1:] {
+			fmt.Fprintf(&out, "  %s: %s\n", name, show(t, kinds[name], values[i+1]))
+		}
+	}
+	require.NoError(t, rows.Err())
 	return out.String()
 }
 

@@ -73,7 +73,8 @@ func TestPrimaryAddressIsTheOneOfTheID(t *testing.T) {
 		"no list":       {map[string]any{"primary_email_address_id": "idn_1"}, nil, false},
 		"odd list":      {map[string]any{"primary_email_address_id": "idn_1", "email_addresses": []any{"idn_1", 7, nil, []any{}}}, nil, false},
 		"null verification": {map[string]any{"primary_email_address_id": "idn_1", "email_addresses": []any{
-			map[string]any{"id": "idn_1", "email_address": "a@example.com", "verification": nil}}}, "a@example.com", false},
+			map[string]any{"id": "idn_1", "email_address": "a@example.com", "verification": nil},
+		}}, "a@example.com", false},
 	}
 	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {
 		for name, test := range tests {

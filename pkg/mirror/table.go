@@ -49,9 +49,15 @@ type target struct {
 
 // common are the columns after those of the resource, in every table; id and source stand before them.
 var common = []database.Column{
-	{Name: "clerk_created_at", Type: "timestamptz"}, {Name: "clerk_updated_at", Type: "timestamptz"},
-	{Name: "version", Type: "bigint"}, {Name: "seen_at", Type: "bigint"}, {Name: "deleted_at", Type: "timestamptz"},
-	{Name: "raw", Type: "jsonb"}, {Name: "event_id", Type: "text"}, {Name: "origin", Type: "text"}, {Name: "synced_at", Type: "timestamptz"},
+	{Name: "clerk_created_at", Type: "timestamptz"},
+	{Name: "clerk_updated_at", Type: "timestamptz"},
+	{Name: "version", Type: "bigint"},
+	{Name: "seen_at", Type: "bigint"},
+	{Name: "deleted_at", Type: "timestamptz"},
+	{Name: "raw", Type: "jsonb"},
+	{Name: "event_id", Type: "text"},
+	{Name: "origin", Type: "text"},
+	{Name: "synced_at", Type: "timestamptz"},
 }
 
 var types = map[Kind]string{Text: "text", Bool: "boolean", Int: "bigint", Time: "timestamptz", JSON: "jsonb"}
@@ -59,7 +65,9 @@ var types = map[Kind]string{Text: "text", Bool: "boolean", Int: "bigint", Time: 
 // tables in the order in which every transaction writes them, so that two never wait for each other.
 var tables = []*Table{
 	{Name: "users", Resource: "user", Columns: []Column{
-		{Name: "email"}, {Name: "email_verified", Kind: Bool}, {Name: "phone"}, // computed, see primaries
+		{Name: "email"},
+		{Name: "email_verified", Kind: Bool},
+		{Name: "phone"}, // computed, see primaries
 		asText("username"), asText("first_name"), asText("last_name"), asText("image_url"), asBool("has_image"), asBool("banned"), asBool("locked"),
 		asText("external_id"), asJSON("public_metadata"), asJSON("unsafe_metadata"), asJSON("private_metadata"), asTime("last_sign_in_at"), asTime("last_active_at"),
 	}},
@@ -87,7 +95,9 @@ var tables = []*Table{
 		asText("key"), asText("name"), asText("description"), asText("type"),
 	}},
 	{Name: "sessions", Resource: "session", verbs: []string{"pending", "active", "ended", "removed", "revoked", "expired", "replaced", "abandoned"}, Columns: []Column{
-		asText("user_id", "user_id", "user.id"), asText("client_id"), asText("status"), {Name: "ended", Kind: Bool}, asText("last_active_organization_id"), asJSON("actor"),
+		asText("user_id", "user_id", "user.id"), asText("client_id"), asText("status"),
+		{Name: "ended", Kind: Bool},
+		asText("last_active_organization_id"), asJSON("actor"),
 		asText("ip_address", "latest_activity.ip_address"), asText("city", "latest_activity.city"), asText("country", "latest_activity.country"),
 		asText("browser_name", "latest_activity.browser_name"), asText("device_type", "latest_activity.device_type"), asBool("is_mobile", "latest_activity.is_mobile"),
 		asTime("last_active_at"), asTime("expire_at"), asTime("abandon_at"),
@@ -115,8 +125,8 @@ var tables = []*Table{
 func asText(name string, paths ...string) Column { return column(name, Text, paths) }
 func asBool(name string, paths ...string) Column { return column(name, Bool, paths) }
 func asInt(name string, paths ...string) Column  { return column(name, Int, paths) }
-func asTime(name string, paths ...string) Column { return column(name, Time, paths) }
-func asJSON(name string, paths ...string) Column { return column(name, JSON, paths) }
+func asTime(name string) Column                  { return column(name, Time, nil) }
+func asJSON(name string) Column                  { return column(name, JSON, nil) }
 
 func column(name string, kind Kind, paths []string) Column {
 	if len(paths) == 0 {
@@ -150,7 +160,7 @@ func (t *Table) build() {
 		columns = append(columns, database.Column{Name: c.Name, Type: types[c.Kind]})
 		for rank, path := range c.Paths {
 			key, below, _ := strings.Cut(path, ".")
-			t.targets[key] = append(t.targets[key], target{column: i, rank: uint8(rank + 1), path: below}) //nolint:gosec // a few
+			t.targets[key] = append(t.targets[key], target{column: i, rank: uint8(rank + 1), path: below})
 		}
 	}
 	order := []string{"version", "seen_at", "event_id"}
