@@ -3,10 +3,17 @@ package worker
 import (
 	"context"
 	"errors"
+	"io"
+	"net"
 	"time"
+
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/usherhq/usher/pkg/database"
 	"github.com/usherhq/usher/pkg/deadletter"
+	"github.com/usherhq/usher/pkg/event"
 )
 
 // action is what becomes of an event after an attempt to apply it.
@@ -39,7 +46,54 @@ func decide(err error, attempt, limit int, stopping bool) action {
 
 // isOutage tells whether err is the infrastructure's and not the event's.
 func isOutage(err error) bool {
-	return errors.Is(err, errBroker) || !errors.Is(err, errTimeout) && !errors.Is(err, errPanic) && database.IsInfrastructure(err)
+	var own *ownError
+	switch {
+	case errors.Is(err, errBroker), errors.Is(err, errSlow):
+		return true
+	case errors.Is(err, errTimeout), errors.Is(err, errPanic), errors.As(err, &own):
+		return false
+	default:
+		return database.IsInfrastructure(err)
+	}
+}
+
+// isConflict tells whether err is that of two transactions in each other's way.
+func isConflict(err error) bool {
+	var pg *pgconn.PgError
+	return errors.As(err, &pg) && (pg.Code == "40P01" || pg.Code == "40001")
+}
+
+// isForeign tells whether an error that looks like an outage of the database may as well be that of something else that a
+// handler talks to: it carries no word of the database's.
+func isForeign(err error) bool {
+	var pg *pgconn.PgError
+	var network net.Error
+	return !errors.As(err, &pg) && (errors.As(err, &network) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) ||
+		errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded))
+}
+
+// ownError is an error that looks like an outage and is the handler's own: the database answers.
+type ownError struct{ err error }
+
+func (e *ownError) Error() string { return e.err.Error() }
+func (e *ownError) Unwrap() error { return e.err }
+
+// Error codes of the broker that the client library has no names for (nats-server server/errors.json).
+const (
+	codeStreamFull  jetstream.ErrorCode = 10077
+	codeNoResources jetstream.ErrorCode = 10023
+	codeTooLarge    jetstream.ErrorCode = 10054
+)
+
+// isFull tells whether the broker has no room for a message.
+func isFull(err error) bool {
+	var api *jetstream.APIError
+	return errors.As(err, &api) && (api.ErrorCode == codeStreamFull || api.ErrorCode == codeNoResources)
+}
+
+func isTooLarge(err error) bool {
+	var api *jetstream.APIError
+	return errors.Is(err, nats.ErrMaxPayload) || errors.As(err, &api) && api.ErrorCode == codeTooLarge
 }
 
 func isPermanent(err error) bool {
@@ -52,6 +106,14 @@ var (
 	errPanic         = errors.New("handler panicked")
 	errTimeout       = errors.New("handler did not finish in time")
 	errWrongInstance = errors.New("event is of another Clerk instance")
+	errUndecodable   = event.ErrMalformed
+)
+
+// Outages that are not an error of the database's own.
+var (
+	errBroker       = errors.New("broker")
+	errNotConnected = errors.New("not connected to the broker")
+	errSlow         = errors.New("database did not finish")
 )
 
 // reasonOf names the error of an event in the closed set.

@@ -7,12 +7,16 @@ import (
 	"math/rand/v2"
 	"runtime/debug"
 	"slices"
+	"strings"
 	"sync"
 	"time"
+	"unicode/utf8"
 
 	"github.com/cenkalti/backoff/v4"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/nats-io/nats.go/jetstream"
 	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
 	"gorm.io/gorm"
 
 	"github.com/usherhq/usher/pkg/database"
@@ -22,18 +26,18 @@ import (
 	"github.com/usherhq/usher/worker/internal/inbox"
 )
 
-var errUndecodable = event.ErrMalformed
-
-// loop works on one handler's events, one batch after the other.
+// loop works on one handler's events. Its two lanes share everything here.
 type loop struct {
-	database, broker trouble // what keeps the handler from working
-	cfg              Config
-	handler          Handler
-	js               jetstream.JetStream
-	db               *gorm.DB
-	inbox            *inbox.Inbox
-	log              *zap.Logger
-	metrics          *metrics
+	broker  trouble // of the subscription
+	outage  outage
+	calls   calls
+	cfg     Config
+	handler Handler
+	js      jetstream.JetStream
+	db      *gorm.DB
+	inbox   *inbox.Inbox
+	log     *zap.Logger
+	metrics *metrics
 }
 
 // delivery is one event in the hands of the loop.
@@ -43,8 +47,17 @@ type delivery struct {
 	known inbox.Known // what the log said before this attempt
 }
 
-// retrySlack is how much before its time a retry may be made.
-const retrySlack = 100 * time.Millisecond
+// failure is one event that failed for its own reason.
+type failure struct {
+	*delivery
+	err error
+}
+
+// work is what the fast lane leaves to the slow one: a batch in which something failed, or events that did.
+type work struct {
+	batch    []*delivery
+	failures []failure
+}
 
 func newLoop(w *Worker, h Handler) *loop {
 	return &loop{
@@ -106,9 +119,9 @@ func (l *loop) consume(ctx context.Context) error {
 	defer context.AfterFunc(ctx, iter.Drain)()
 
 	fresh, again := make(chan jetstream.Msg, l.cfg.BatchSize), make(chan jetstream.Msg, l.cfg.BatchSize)
-	failed := make(chan []*delivery, 4)
+	left := make(chan work, 4)
 	var slow sync.WaitGroup
-	slow.Go(func() { l.slowLane(ctx, again, failed) })
+	slow.Go(func() { l.slowLane(ctx, again, left) })
 	pumped := make(chan error, 1)
 	go func() {
 		defer close(fresh)
@@ -120,9 +133,17 @@ func (l *loop) consume(ctx context.Context) error {
 			l.giveBack(msg)
 			continue
 		}
-		l.apply(ctx, l.parse(ctx, collect(msg, fresh, l.cfg.BatchSize)), failed)
+		batch, failures := l.parse(collect(msg, fresh, l.cfg.BatchSize))
+		if len(failures) > 0 {
+			select {
+			case left <- work{failures: failures}:
+			default:
+				l.failAll(ctx, failures)
+			}
+		}
+		l.apply(ctx, batch, left)
 	}
-	close(failed)
+	close(left)
 	slow.Wait()
 	err = <-pumped
 	if ctx.Err() != nil {
@@ -139,21 +160,28 @@ func (l *loop) pump(iter jetstream.MessagesContext, fresh, again chan<- jetstrea
 		if err != nil {
 			return err //nolint:wrapcheck // the caller says what it was for
 		}
-		if meta, err := msg.Metadata(); err != nil || meta.NumDelivered == 1 {
+		meta, err := msg.Metadata()
+		if err != nil || meta.NumDelivered == 1 {
 			fresh <- msg
 			continue
 		}
 		select {
 		case again <- msg:
-		default: // the slow lane has enough to do: this one must not block the way for fresh events
-			l.nak(msg, 5*time.Second+rand.N(10*time.Second))
+		default:
+			// The slow lane has enough to do, and this one must not block the way for fresh events. What comes
+			// for the second time may be what a stopped worker gave back, so that waits less.
+			delay := time.Second + rand.N(2*time.Second)
+			if meta.NumDelivered > 2 {
+				delay = 5*time.Second + rand.N(10*time.Second)
+			}
+			l.nak(msg, delay)
 		}
 	}
 }
 
 // slowLane works until both channels are closed.
-func (l *loop) slowLane(ctx context.Context, again <-chan jetstream.Msg, failed <-chan []*delivery) {
-	for again != nil || failed != nil {
+func (l *loop) slowLane(ctx context.Context, again <-chan jetstream.Msg, left <-chan work) {
+	for again != nil || left != nil {
 		select {
 		case msg, ok := <-again:
 			if !ok {
@@ -164,13 +192,16 @@ func (l *loop) slowLane(ctx context.Context, again <-chan jetstream.Msg, failed 
 				l.giveBack(msg)
 				continue
 			}
-			l.apply(ctx, l.parse(ctx, collect(msg, again, l.cfg.BatchSize)), nil)
-		case batch, ok := <-failed:
+			batch, failures := l.parse(collect(msg, again, l.cfg.BatchSize))
+			l.failAll(ctx, failures)
+			l.apply(ctx, batch, nil)
+		case w, ok := <-left:
 			if !ok {
-				failed = nil
+				left = nil
 				continue
 			}
-			l.halve(ctx, batch)
+			l.failAll(ctx, w.failures)
+			l.takeApart(ctx, w.batch)
 		}
 	}
 }
@@ -192,9 +223,9 @@ func collect(first jetstream.Msg, messages <-chan jetstream.Msg, limit int) []je
 	return batch
 }
 
-// parse decodes messages. What can never be applied is dead-lettered here; the rest is for apply.
-func (l *loop) parse(ctx context.Context, messages []jetstream.Msg) []*delivery {
-	batch := make([]*delivery, 0, len(messages))
+// parse decodes messages and tells apart what can never be applied.
+func (l *loop) parse(messages []jetstream.Msg) (batch []*delivery, failures []failure) {
+	batch = make([]*delivery, 0, len(messages))
 	byID := make(map[string]bool, len(messages))
 	for _, msg := range messages {
 		meta, err := msg.Metadata()
@@ -204,6 +235,7 @@ func (l *loop) parse(ctx context.Context, messages []jetstream.Msg) []*delivery 
 		}
 		d := &delivery{msg: msg}
 		d.event, err = stream.Parse(msg.Headers(), msg.Data(), meta.Sequence.Stream)
+		storable(&d.event)
 		if d.event.ReceivedAt.IsZero() {
 			d.event.ReceivedAt = meta.Timestamp
 		}
@@ -213,23 +245,36 @@ func (l *loop) parse(ctx context.Context, messages []jetstream.Msg) []*delivery 
 			}
 		}
 		switch {
-		case err != nil:
-			l.fail(ctx, d, Permanent(err))
 		case byID[d.event.ID]: // the same event twice in one batch: the second is a redelivery of the first
 			// Not acked: if the first one fails, this one is as good.
 			l.nak(msg, time.Second)
+		case err != nil:
+			byID[d.event.ID] = true
+			failures = append(failures, failure{d, Permanent(err)})
 		default:
 			byID[d.event.ID] = true
 			batch = append(batch, d)
 		}
 	}
-	return batch
+	return batch, failures
+}
+
+// storable makes the names of an event fit for a column of text. PostgreSQL refuses some that JSON allows, and the
+// delivery log must be able to take every event: without a row an event's attempts would never end.
+func storable(e *event.Event) {
+	typ, origin := string(e.Type), string(e.Origin)
+	for _, s := range []*string{&e.ID, &typ, &e.Source, &origin, &e.Object.ID, &e.Object.UserID, &e.ReplayID} {
+		if strings.ContainsRune(*s, 0) || !utf8.ValidString(*s) {
+			*s = strings.ToValidUTF8(strings.ReplaceAll(*s, "\x00", "\uFFFD"), "\uFFFD")
+		}
+	}
+	e.Type, e.Origin = event.Type(typ), event.Origin(origin)
 }
 
 // apply applies a batch in one transaction and settles every event of it. A batch that fails for an event's own
-// reason is cut in halves until the bad event stands alone: by the slow lane where it has room, else here. An
-// outage is waited out with the batch in hand.
-func (l *loop) apply(ctx context.Context, batch []*delivery, slow chan<- []*delivery) {
+// reason is taken apart: by the slow lane where it has room, else here. An outage is waited out with the batch in
+// hand.
+func (l *loop) apply(ctx context.Context, batch []*delivery, left chan<- work) {
 	for len(batch) > 0 {
 		err := l.attempt(ctx, batch)
 		switch {
@@ -240,7 +285,7 @@ func (l *loop) apply(ctx context.Context, batch []*delivery, slow chan<- []*deli
 		case ctx.Err() != nil:
 			l.giveBackAll(batch)
 			return
-		case isOutage(err):
+		case l.isOutage(ctx, err):
 			if !l.waitOut(ctx, err) {
 				l.giveBackAll(batch)
 				return
@@ -248,101 +293,250 @@ func (l *loop) apply(ctx context.Context, batch []*delivery, slow chan<- []*deli
 			continue
 		case len(batch) > 1:
 			select {
-			case slow <- batch: // never ready where there is none
+			case left <- work{batch: batch}: // never ready where there is none
 			default:
-				l.halve(ctx, batch)
+				l.takeApart(ctx, batch)
 			}
 			return
 		default:
-			l.fail(ctx, batch[0], err)
+			l.failAll(ctx, []failure{{batch[0], err}})
 			return
 		}
 	}
 }
 
-// halve applies a batch that failed in two parts. Events that failed before are likely to be bad again, so a batch of
-// nothing else is taken apart at once.
-func (l *loop) halve(ctx context.Context, batch []*delivery) {
-	if !slices.ContainsFunc(batch, func(d *delivery) bool { return d.known.Attempts == 0 }) {
-		for i := range batch {
-			l.apply(ctx, batch[i:i+1], nil)
+// chunkSize is how many events share the transaction in which they are told apart. PostgreSQL keeps up to 64
+// subtransactions a session where everybody finds them cheaply.
+const chunkSize = 64
+
+// takeApart applies a batch that failed, so that only the events that fail by themselves stay behind.
+func (l *loop) takeApart(ctx context.Context, batch []*delivery) {
+	for len(batch) > 0 {
+		chunk := batch[:min(chunkSize, len(batch))]
+		done, err := l.isolate(ctx, chunk)
+		var late *lateError
+		switch {
+		case err == nil:
+			batch = batch[done:]
+		case errors.Is(err, inbox.ErrRaced):
+		case ctx.Err() != nil:
+			l.giveBackAll(batch)
+			return
+		case l.isOutage(ctx, err):
+			if !l.waitOut(ctx, err) {
+				l.giveBackAll(batch)
+				return
+			}
+		case errors.As(err, &late):
+			l.failAll(ctx, []failure{{late.delivery, err}})
+			batch = slices.DeleteFunc(slices.Clone(batch), func(d *delivery) bool { return d == late.delivery })
+		default: // the transaction itself failed: each in one of its own
+			for i := range chunk {
+				l.apply(ctx, chunk[i:i+1], nil)
+			}
+			batch = batch[len(chunk):]
 		}
-		return
 	}
-	l.apply(ctx, batch[:len(batch)/2], nil)
-	l.apply(ctx, batch[len(batch)/2:], nil)
 }
+
+// isolate applies events one after the other in one transaction, each behind a savepoint, and settles those that
+// it came to, from the first on. A commit for all of them is what makes a flood of failing events cheap.
+func (l *loop) isolate(ctx context.Context, batch []*delivery) (done int, err error) {
+	start := time.Now()
+	var s sorted
+	var good []*delivery
+	var failures []failure
+	var verdicts []verdict
+	err = l.inTx(ctx, func(ctx context.Context, tx *gorm.DB) error {
+		var err error
+		if s, err = l.sort(ctx, tx, batch); err != nil {
+			return err
+		}
+		good, failures, verdicts, done = nil, nil, nil, len(batch)
+		for i, d := range s.todo {
+			if i > 0 && time.Since(start) > l.cfg.HandleTimeout/2 {
+				done = slices.Index(batch, d)
+				break
+			}
+			if err := tx.SavePoint("event").Error; err != nil {
+				return fmt.Errorf("set savepoint: %w", err)
+			}
+			err := l.handle(ctx, tx, []event.Event{d.event})
+			switch {
+			case err == nil:
+				good = append(good, d)
+			case ctx.Err() != nil:
+				return &lateError{d, err}
+			case isOutage(err):
+				return err
+			default:
+				failures = append(failures, failure{d, err})
+				if err := tx.RollbackTo("event").Error; err != nil {
+					return fmt.Errorf("go back to savepoint: %w: %w", errBroken, err)
+				}
+			}
+			if err := tx.Exec("RELEASE SAVEPOINT event").Error; err != nil {
+				return fmt.Errorf("release savepoint: %w", err)
+			}
+		}
+		if err := l.settle(ctx, tx, good, time.Since(start)); err != nil {
+			return err
+		}
+		verdicts = l.judge(ctx, failures)
+		return l.recordIn(ctx, tx, verdicts, retry)
+	})
+	if err != nil {
+		return 0, err
+	}
+	l.works()
+	sure := batch[:done]
+	l.applied(sure, s, good, start)
+	l.settleFailed(verdicts, retry)
+	l.bury(ctx, verdicts)
+	return done, nil
+}
+
+// errBroken tells that a handler left its transaction unusable.
+var errBroken = errors.New("transaction cannot go on")
+
+// lateError is a handler that did not finish one event in time.
+type lateError struct {
+	delivery *delivery
+	err      error
+}
+
+func (e *lateError) Error() string   { return e.err.Error() }
+func (e *lateError) Unwrap() []error { return []error{errTimeout, e.err} }
 
 // attempt runs one transaction: what the inbox has is dropped, the handler gets the rest, the log is written. After
 // the commit everything is acked.
 func (l *loop) attempt(ctx context.Context, batch []*delivery) error {
 	start := time.Now()
-	// A batch that has begun is finished when the worker stops, within the grace period.
-	finish, release := withGrace(ctx, stopGrace)
-	defer release()
-	handleCtx, cancel := context.WithTimeout(finish, l.cfg.HandleTimeout)
-	defer cancel()
-	var todo, early []*delivery
-	err := database.InTx(handleCtx, l.db, func(tx *gorm.DB) error {
-		known, err := l.inbox.Find(handleCtx, tx, eventIDs(batch))
-		if err != nil {
-			return fmt.Errorf("look into the inbox: %w", err)
-		}
-		todo, early = todo[:0], early[:0]
-		events := make([]event.Event, 0, len(batch))
-		for _, d := range batch {
-			d.known = known[d.event.ID].For(&d.event)
-			if d.known.Settled() {
-				continue
-			}
-			if time.Until(d.known.NextAttemptAt) > retrySlack { // a restart brought it back before its time
-				early = append(early, d)
-				continue
-			}
-			todo = append(todo, d)
-			events = append(events, d.event)
-		}
-		if len(events) == 0 {
-			return nil
-		}
-		if err := l.handle(handleCtx, tx, events); err != nil {
+	var s sorted
+	err := l.inTx(ctx, func(ctx context.Context, tx *gorm.DB) error {
+		var err error
+		if s, err = l.sort(ctx, tx, batch); err != nil || len(s.todo) == 0 {
 			return err
 		}
-		took := time.Since(start) / time.Duration(len(events))
-		entries := make([]inbox.Entry, len(todo))
-		for i, d := range todo {
-			entries[i] = inbox.Entry{Event: &d.event, Status: inbox.Processed, Attempts: d.known.Attempts + 1, Duration: took}
+		events := make([]event.Event, len(s.todo))
+		for i, d := range s.todo {
+			events[i] = d.event
 		}
-		if err := l.inbox.Settle(handleCtx, tx, entries); err != nil {
-			return fmt.Errorf("write the delivery log: %w", err)
+		if err := l.handle(ctx, tx, events); err != nil {
+			if ctx.Err() != nil {
+				return fmt.Errorf("%w (%s): %w", errTimeout, l.cfg.HandleTimeout, err)
+			}
+			return err
 		}
-		return nil
+		return l.settle(ctx, tx, s.todo, time.Since(start))
 	})
 	if err != nil {
-		if finish.Err() == nil && errors.Is(handleCtx.Err(), context.DeadlineExceeded) {
-			return fmt.Errorf("%w (%s): %w", errTimeout, l.cfg.HandleTimeout, err)
-		}
-		return err //nolint:wrapcheck // the chain already says it
+		return err
 	}
+	l.works()
+	l.applied(batch, s, s.todo, start)
+	return nil
+}
+
+// lockTimeout is how long a transaction waits for a lock of somebody else's: a table that is being altered or restored
+// is an outage, not the event's fault.
+const lockTimeout = "SET LOCAL lock_timeout = '10s'"
+
+// inTx runs fn in a transaction within HandleTimeout. A batch that has begun is finished when the worker stops, within the
+// grace period. Time that passes outside of the handler is the database's: then the error is errSlow.
+func (l *loop) inTx(ctx context.Context, fn func(ctx context.Context, tx *gorm.DB) error) error {
+	finish, release := withGrace(ctx, stopGrace)
+	defer release()
+	txCtx, cancel := context.WithTimeout(finish, l.cfg.HandleTimeout)
+	defer cancel()
+	err := database.InTx(txCtx, l.db, func(tx *gorm.DB) error {
+		if database.IsPostgres(tx) {
+			if _, err := tx.Statement.ConnPool.ExecContext(txCtx, lockTimeout); err != nil {
+				return fmt.Errorf("limit the wait for locks: %w", err)
+			}
+		}
+		return fn(txCtx, tx)
+	})
+	if err != nil && !errors.Is(err, errTimeout) && finish.Err() == nil && txCtx.Err() != nil {
+		return fmt.Errorf("%w within %s: %w", errSlow, l.cfg.HandleTimeout, err)
+	}
+	return err //nolint:wrapcheck // the chain already says it
+}
+
+// sorted is a batch after a look into the inbox. What is in neither part is settled already.
+type sorted struct {
+	todo  []*delivery
+	early []*delivery // a restart brought them back before their time
+}
+
+// retrySlack is how much before its time a retry may be made.
+const retrySlack = 100 * time.Millisecond
+
+func (l *loop) sort(ctx context.Context, tx *gorm.DB, batch []*delivery) (sorted, error) {
+	known, err := l.inbox.Find(ctx, tx, eventIDs(batch))
+	if err != nil {
+		return sorted{}, fmt.Errorf("look into the inbox: %w", err)
+	}
+	var s sorted
+	for _, d := range batch {
+		d.known = known[d.event.ID].For(&d.event)
+		switch {
+		case d.known.Settled():
+		case time.Until(d.known.NextAttemptAt) > retrySlack:
+			s.early = append(s.early, d)
+		default:
+			s.todo = append(s.todo, d)
+		}
+	}
+	return s, nil
+}
+
+// settle writes what was applied into the log.
+func (l *loop) settle(ctx context.Context, tx *gorm.DB, good []*delivery, took time.Duration) error {
+	if len(good) == 0 {
+		return nil
+	}
+	entries := make([]inbox.Entry, len(good))
+	for i, d := range good {
+		entries[i] = inbox.Entry{Event: &d.event, Status: inbox.Processed, Attempts: d.known.Attempts + 1, Duration: took / time.Duration(len(good))}
+	}
+	if err := l.inbox.Settle(ctx, tx, entries); err != nil {
+		return fmt.Errorf("write the delivery log: %w", err)
+	}
+	return nil
+}
+
+// applied acks what the committed transaction settled and what was settled before, and counts.
+func (l *loop) applied(batch []*delivery, s sorted, good []*delivery, start time.Time) {
 	name := l.handler.Name()
-	l.metrics.duration.WithLabelValues(name).Observe(time.Since(start).Seconds())
-	l.metrics.deliveries.WithLabelValues(name, "processed").Add(float64(len(todo)))
-	l.metrics.deliveries.WithLabelValues(name, "duplicate").Add(float64(len(batch) - len(todo) - len(early)))
 	age := l.metrics.age.WithLabelValues(name)
-	for _, d := range todo {
+	open := make(map[*delivery]bool, len(s.todo)+len(s.early))
+	for _, d := range s.todo {
+		open[d] = true
+	}
+	for _, d := range s.early {
+		open[d] = true
+		if slices.Contains(batch, d) {
+			l.nak(d.msg, time.Until(d.known.NextAttemptAt))
+		}
+	}
+	for _, d := range good {
+		l.ack(d)
 		if d.event.Timestamp > 0 {
 			age.Observe(max(0, time.Since(time.UnixMilli(d.event.Timestamp)).Seconds()))
 		}
 	}
+	duplicates := 0
 	for _, d := range batch {
-		if slices.Contains(early, d) {
-			l.nak(d.msg, time.Until(d.known.NextAttemptAt))
-			continue
+		if !open[d] {
+			duplicates++
+			l.ack(d)
 		}
-		l.ack(d)
 	}
-	l.log.Debug("batch applied", zap.Int("events", len(todo)), zap.Int("duplicates", len(batch)-len(todo)-len(early)), zap.Duration("duration", time.Since(start)))
-	return nil
+	l.metrics.duration.WithLabelValues(name).Observe(time.Since(start).Seconds())
+	l.metrics.deliveries.WithLabelValues(name, "processed").Add(float64(len(good)))
+	l.metrics.deliveries.WithLabelValues(name, "duplicate").Add(float64(duplicates))
+	l.log.Debug("batch applied", zap.Int("events", len(good)), zap.Int("duplicates", duplicates), zap.Duration("duration", time.Since(start)))
 }
 
 // stopGrace is how long a batch that has begun may go on after the worker was told to stop.
@@ -366,6 +560,7 @@ func withGrace(parent context.Context, grace time.Duration) (context.Context, fu
 
 // handle calls the handler and turns a panic into that batch's error.
 func (l *loop) handle(ctx context.Context, tx *gorm.DB, events []event.Event) (err error) {
+	defer l.calls.begin()()
 	defer func() {
 		if r := recover(); r != nil {
 			err = fmt.Errorf("%w: %v", errPanic, r)
@@ -374,126 +569,212 @@ func (l *loop) handle(ctx context.Context, tx *gorm.DB, events []event.Event) (e
 			}
 		}
 	}()
-	return l.handler.Handle(ctx, tx, events) //nolint:wrapcheck // the handler's error is the verdict
+	err = l.handler.Handle(ctx, tx, events)
+	if err != nil && ctx.Err() == nil && isForeign(err) && alive(ctx, tx) {
+		return &ownError{err}
+	}
+	return err //nolint:wrapcheck // the handler's error is the verdict
 }
 
-// fail does what decide says about one event that failed for its own reason.
-func (l *loop) fail(ctx context.Context, d *delivery, err error) {
+// alive tells whether the connection of a transaction still answers, be it that the transaction is void.
+func alive(ctx context.Context, tx *gorm.DB) bool {
+	_, err := tx.Statement.ConnPool.ExecContext(ctx, "SELECT 1")
+	var pg *pgconn.PgError
+	return err == nil || errors.As(err, &pg) && pg.Code == "25P02"
+}
+
+// verdict is what decide says of a failure, and the row that the delivery log gets.
+type verdict struct {
+	failure
+	action action
+	entry  inbox.Entry
+	delay  time.Duration // of a retry
+}
+
+// judge gives the verdicts on events that failed for their own reasons.
+func (l *loop) judge(ctx context.Context, failures []failure) []verdict {
 	now := time.Now()
-	attempt := d.known.Attempts + 1
-	reason := reasonOf(err)
-	verdict := decide(err, attempt, l.cfg.Attempts, ctx.Err() != nil)
-	fields := []zap.Field{
-		zap.String("event_id", d.event.ID), zap.String("event_type", string(d.event.Type)), zap.String("source", d.event.Source),
-		zap.Uint64("stream_seq", d.event.Seq), zap.Int("attempt", attempt), zap.String("reason", string(reason)), zap.Error(err),
-	}
-	if verdict == retry || verdict == deadLetter {
-		l.metrics.failures.WithLabelValues(l.handler.Name(), string(reason)).Inc()
-	}
-	entry := inbox.Entry{Event: &d.event, Attempts: attempt, Error: deadletter.OneLine(err.Error()), Reason: string(reason), FirstFailedAt: d.known.FirstFailedAt,
-		Fingerprint: deadletter.Fingerprint(l.handler.Name(), reason, err.Error())}
-	if entry.FirstFailedAt.IsZero() {
-		entry.FirstFailedAt = now
-	}
-	for {
-		var settleErr error
-		switch verdict {
-		case retry:
-			delay := delayOf(err, l.schedule(attempt))
-			entry.Status, entry.NextAttemptAt = inbox.Retrying, now.Add(delay)
-			if settleErr = l.record(ctx, entry); settleErr == nil {
-				l.nak(d.msg, delay)
-				l.metrics.deliveries.WithLabelValues(l.handler.Name(), "retried").Inc()
-				l.log.Warn("event failed, will retry", append(fields, zap.Duration("delay", delay))...)
-			}
-		case deadLetter:
-			entry.Status = inbox.Dead
-			// The letter first: the original is given up only when the letter is durable.
-			if entry.LetterSeq, settleErr = l.putDeadLetter(ctx, d, entry, now); settleErr == nil {
-				if settleErr = l.record(ctx, entry); settleErr == nil {
-					l.term(d, string(reason))
-					l.metrics.deliveries.WithLabelValues(l.handler.Name(), "dead_lettered").Inc()
-					l.log.Error("event dead-lettered", fields...)
-				}
-			}
-		default:
-			l.giveBack(d.msg)
+	verdicts := make([]verdict, len(failures))
+	for i, f := range failures {
+		attempt, reason := f.known.Attempts+1, reasonOf(f.err)
+		v := verdict{failure: f, action: decide(f.err, attempt, l.cfg.Attempts, ctx.Err() != nil)}
+		v.entry = inbox.Entry{
+			Event: &f.event, Status: inbox.Retrying, Attempts: attempt, Error: deadletter.OneLine(f.err.Error()), Reason: string(reason), FirstFailedAt: f.known.FirstFailedAt,
+			Fingerprint: deadletter.Fingerprint(l.handler.Name(), reason, f.err.Error()),
 		}
-		if settleErr == nil {
-			return
+		if v.entry.FirstFailedAt.IsZero() {
+			v.entry.FirstFailedAt = now
 		}
-		if !l.waitOut(ctx, settleErr) { // neither written nor lost: it comes again
-			l.giveBack(d.msg)
-			return
+		if v.action == retry {
+			v.delay = delayOf(f.err, l.schedule(attempt))
+			v.entry.NextAttemptAt = now.Add(v.delay)
+		}
+		verdicts[i] = v
+	}
+	return verdicts
+}
+
+// failAll does what decide says about events that failed for their own reasons.
+func (l *loop) failAll(ctx context.Context, failures []failure) {
+	if len(failures) == 0 {
+		return
+	}
+	verdicts := l.judge(ctx, failures)
+	if l.record(ctx, verdicts, retry) {
+		l.settleFailed(verdicts, retry)
+	}
+	l.bury(ctx, verdicts)
+	for _, v := range verdicts {
+		if v.action == giveBack {
+			l.giveBack(v.msg)
 		}
 	}
 }
 
-func (l *loop) record(ctx context.Context, entry inbox.Entry) error {
-	err := database.InTx(ctx, l.db, func(tx *gorm.DB) error { return l.inbox.Record(ctx, tx, entry) })
-	if err != nil {
-		return fmt.Errorf("record attempt of %s: %w", entry.Event.ID, err)
+// recordIn writes the rows of one kind of verdict.
+func (l *loop) recordIn(ctx context.Context, tx *gorm.DB, verdicts []verdict, of action) error {
+	var entries []inbox.Entry
+	for _, v := range verdicts {
+		if v.action == of {
+			entries = append(entries, v.entry)
+		}
+	}
+	if len(entries) == 0 {
+		return nil
+	}
+	if err := l.inbox.Record(ctx, tx, entries); err != nil {
+		return fmt.Errorf("record failed attempts: %w", err)
 	}
 	return nil
 }
 
-func (l *loop) putDeadLetter(ctx context.Context, d *delivery, entry inbox.Entry, now time.Time) (uint64, error) {
+// record writes the rows of one kind of verdict in a transaction of their own and waits out an outage. False means that they
+// are not written; their events were given back.
+func (l *loop) record(ctx context.Context, verdicts []verdict, of action) bool {
+	if !slices.ContainsFunc(verdicts, func(v verdict) bool { return v.action == of }) {
+		return true
+	}
+	for {
+		err := l.inTx(ctx, func(ctx context.Context, tx *gorm.DB) error { return l.recordIn(ctx, tx, verdicts, of) })
+		switch {
+		case err == nil:
+			l.works()
+			return true
+		case ctx.Err() == nil && l.isOutage(ctx, err):
+			if l.waitOut(ctx, err) {
+				continue
+			}
+		case ctx.Err() == nil:
+			// Nothing that is known ends here. It comes again later, seldom enough to be no harm.
+			l.log.Error("delivery log refuses failed attempts", zap.Error(err))
+			for _, v := range verdicts {
+				if v.action == of {
+					l.nak(v.msg, l.cfg.RetryMax)
+				}
+			}
+			return false
+		}
+		for _, v := range verdicts {
+			if v.action == of {
+				l.giveBack(v.msg)
+			}
+		}
+		return false
+	}
+}
+
+// settleFailed tells the broker what was recorded: a later redelivery, or none.
+func (l *loop) settleFailed(verdicts []verdict, of action) {
+	name := l.handler.Name()
+	for _, v := range verdicts {
+		if v.action != of {
+			continue
+		}
+		l.metrics.failures.WithLabelValues(name, v.entry.Reason).Inc()
+		fields := []zap.Field{
+			zap.String("event_id", v.event.ID), zap.String("event_type", string(v.event.Type)), zap.String("source", v.event.Source),
+			zap.Uint64("stream_seq", v.event.Seq), zap.Int("attempt", v.entry.Attempts), zap.String("reason", v.entry.Reason), zap.Error(v.err),
+		}
+		if of == retry {
+			l.nak(v.msg, v.delay)
+			l.metrics.deliveries.WithLabelValues(name, "retried").Inc()
+			l.log.Warn("event failed, will retry", append(fields, zap.Duration("delay", v.delay))...)
+			continue
+		}
+		l.term(v.delivery, v.entry.Reason)
+		l.metrics.deliveries.WithLabelValues(name, "dead_lettered").Inc()
+		l.log.Error("event dead-lettered", fields...)
+	}
+}
+
+// letterWriters is how many letters are put at once.
+const letterWriters = 32
+
+// bury dead-letters what is to be: the letters first, since an original is given up only when its letter is durable, then the
+// rows, then the originals.
+func (l *loop) bury(ctx context.Context, verdicts []verdict) {
+	var dead []verdict
+	for _, v := range verdicts {
+		if v.action == deadLetter {
+			v.entry.Status = inbox.Dead
+			dead = append(dead, v)
+		}
+	}
+	for len(dead) > 0 {
+		errs := make([]error, len(dead))
+		var group errgroup.Group
+		group.SetLimit(letterWriters)
+		for i := range dead {
+			group.Go(func() error {
+				dead[i].entry.LetterSeq, errs[i] = l.putDeadLetter(ctx, dead[i])
+				return nil
+			})
+		}
+		_ = group.Wait()
+		var put, rest []verdict
+		var cause error
+		for i, v := range dead {
+			switch {
+			case errs[i] == nil:
+				put = append(put, v)
+			case isFull(errs[i]):
+				// No room for letters must not stop the healthy events. The original is kept instead.
+				l.nak(v.msg, l.cfg.RetryMax)
+				l.log.Error("dead letter has no room, event is kept: replay or discard dead letters, or give stream "+stream.DeadLetters+" more room",
+					zap.String("event_id", v.event.ID), zap.Uint64("stream_seq", v.event.Seq), zap.Duration("delay", l.cfg.RetryMax), zap.Error(errs[i]))
+			default:
+				rest, cause = append(rest, v), errs[i]
+			}
+		}
+		if l.record(ctx, put, deadLetter) {
+			l.settleFailed(put, deadLetter)
+		}
+		if len(rest) > 0 && !l.waitOut(ctx, cause) {
+			for _, v := range rest {
+				l.giveBack(v.msg)
+			}
+			return
+		}
+		dead = rest
+	}
+}
+
+func (l *loop) putDeadLetter(ctx context.Context, v verdict) (uint64, error) {
 	putCtx, cancel := context.WithTimeout(ctx, stream.PublishTimeout)
 	defer cancel()
-	seq, err := deadletter.Put(putCtx, l.js, &deadletter.Record{
-		Handler: l.handler.Name(), Event: d.event, Reason: deadletter.Reason(entry.Reason), Error: entry.Error, Attempts: entry.Attempts,
-		FirstFailedAt: entry.FirstFailedAt, LastFailedAt: now, Subject: d.msg.Subject(), Sequence: d.event.Seq, Header: d.msg.Headers(),
-	})
+	record := &deadletter.Record{
+		Handler: l.handler.Name(), Event: v.event, Reason: deadletter.Reason(v.entry.Reason), Error: v.entry.Error, Attempts: v.entry.Attempts,
+		FirstFailedAt: v.entry.FirstFailedAt, LastFailedAt: time.Now(), Subject: v.msg.Subject(), Sequence: v.event.Seq, Header: v.msg.Headers(),
+	}
+	seq, err := deadletter.Put(putCtx, l.js, record)
+	if isTooLarge(err) { // the body is as large as the broker takes: the row keeps the whole error
+		record.Error = record.Error[:min(len(record.Error), 64)]
+		seq, err = deadletter.Put(putCtx, l.js, record)
+	}
 	if err != nil {
 		return 0, fmt.Errorf("%w: %w", errBroker, err)
 	}
 	return seq, nil
-}
-
-// errBroker marks an outage of the broker.
-var errBroker = errors.New("broker")
-
-// waitOut waits with backoff until the database and the broker answer again; false means that the worker stops.
-func (l *loop) waitOut(ctx context.Context, cause error) bool {
-	started := time.Now()
-	l.database.setTrouble(fmt.Errorf("paused: %w", cause))
-	l.log.Warn("outage, handler pauses", zap.Error(cause))
-	policy := outageBackoff()
-	for {
-		select {
-		case <-ctx.Done():
-			return false
-		case <-time.After(policy.NextBackOff()):
-		}
-		err := l.probe(ctx)
-		if err == nil {
-			l.database.setTrouble(nil)
-			l.log.Info("outage is over, handler goes on", zap.Duration("duration", time.Since(started)))
-			return true
-		}
-		l.database.setTrouble(fmt.Errorf("paused: %w", err))
-	}
-}
-
-// probe asks what an event needs for a sign of life.
-func (l *loop) probe(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
-	defer cancel()
-	if err := database.Ping(ctx, l.db); err != nil {
-		return err //nolint:wrapcheck // says what it did
-	}
-	if _, err := l.js.Consumer(ctx, stream.Events, l.handler.Name()); err != nil {
-		return fmt.Errorf("%w: %w", errBroker, err)
-	}
-	return nil
-}
-
-// check is the readiness of the handler.
-func (l *loop) check() error {
-	if err := l.database.check(); err != nil {
-		return err
-	}
-	return l.broker.check()
 }
 
 // schedule is the delay after attempt number attempt.
@@ -542,9 +823,4 @@ func eventIDs(batch []*delivery) []string {
 		ids[i] = d.event.ID
 	}
 	return ids
-}
-
-// outageBackoff is how often something that is away is probed: from 100 ms to 5 s, with jitter, for ever.
-func outageBackoff() *backoff.ExponentialBackOff {
-	return backoff.NewExponentialBackOff(backoff.WithInitialInterval(100*time.Millisecond), backoff.WithMaxInterval(5*time.Second), backoff.WithMaxElapsedTime(0))
 }

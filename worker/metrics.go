@@ -15,10 +15,10 @@ type metrics struct {
 	duration   *prometheus.HistogramVec
 	age        *prometheus.HistogramVec
 	pending    *prometheus.GaugeVec
-	paused     *prometheus.GaugeVec
+	purged     prometheus.Counter
 }
 
-func newMetrics(reg prometheus.Registerer, handlers []Registration) *metrics {
+func newMetrics(reg prometheus.Registerer, handlers []Registration, check func(handler string) error) *metrics {
 	m := &metrics{
 		deliveries: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "usher_worker_deliveries_total", Help: "Deliveries by handler and what became of them.",
@@ -37,11 +37,11 @@ func newMetrics(reg prometheus.Registerer, handlers []Registration) *metrics {
 		pending: prometheus.NewGaugeVec(prometheus.GaugeOpts{
 			Name: "usher_consumer_pending", Help: "Events that a handler has not settled yet.",
 		}, []string{"handler"}),
-		paused: prometheus.NewGaugeVec(prometheus.GaugeOpts{
-			Name: "usher_worker_paused", Help: "1 while a handler waits for the database or the broker.",
-		}, []string{"handler"}),
+		purged: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "usher_stream_purged_total", Help: "Settled events that this process removed from the stream, past their retention.",
+		}),
 	}
-	reg.MustRegister(m.deliveries, m.failures, m.duration, m.age, m.pending, m.paused)
+	reg.MustRegister(m.deliveries, m.failures, m.duration, m.age, m.pending, m.purged)
 	for _, r := range handlers {
 		name := r.Handler.Name()
 		for _, outcome := range outcomes {
@@ -53,7 +53,16 @@ func newMetrics(reg prometheus.Registerer, handlers []Registration) *metrics {
 		m.duration.WithLabelValues(name)
 		m.age.WithLabelValues(name)
 		m.pending.WithLabelValues(name)
-		m.paused.WithLabelValues(name)
+		// Asked at each scrape, so that it says the same as readiness.
+		reg.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "usher_worker_paused", Help: "1 while a handler waits for the database or the broker.",
+			ConstLabels: prometheus.Labels{"handler": name},
+		}, func() float64 {
+			if check(name) != nil {
+				return 1
+			}
+			return 0
+		}))
 	}
 	return m
 }

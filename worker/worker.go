@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -36,11 +35,15 @@ type Config struct {
 	RetryFactor            float64
 	// HandleTimeout bounds one transaction (30 s). It must stay below [stream.AckWait].
 	HandleTimeout time.Duration
+	// Retention is how long a settled event stays in the stream (720 h), by the broker's clock. What is not settled stays for ever.
+	Retention time.Duration
+	// PurgeInterval is about how often the stream and the delivery log are cleaned (5 min).
+	PurgeInterval time.Duration
 }
 
 // ConfigFrom takes what the worker needs from the settings.
 func ConfigFrom(s *config.Settings) Config {
-	c := Config{Instances: map[string]string{}}
+	c := Config{Instances: map[string]string{}, Retention: s.Retention}
 	for _, src := range s.Sources {
 		c.Instances[src.Name] = src.InstanceID
 	}
@@ -58,6 +61,8 @@ func (c Config) withDefaults() Config {
 	setDefault(&c.RetryMax, 10*time.Minute)
 	setDefault(&c.RetryFactor, 4)
 	setDefault(&c.HandleTimeout, 30*time.Second)
+	setDefault(&c.Retention, 720*time.Hour)
+	setDefault(&c.PurgeInterval, 5*time.Minute)
 	return c
 }
 
@@ -78,8 +83,12 @@ func (c Config) Validate() error {
 		return errors.New("Concurrency must be at least 1")
 	case c.Attempts < 1:
 		return errors.New("Attempts must be at least 1")
-	case c.HandleTimeout >= stream.AckWait:
-		return fmt.Errorf("HandleTimeout must be below %s", stream.AckWait)
+	case c.HandleTimeout <= 0 || c.HandleTimeout >= stream.AckWait:
+		return fmt.Errorf("HandleTimeout must be above 0 and below %s", stream.AckWait)
+	case c.RetryInitial < 0 || c.RetryMax < c.RetryInitial || c.RetryFactor < 1:
+		return errors.New("RetryInitial must be at least 0, RetryMax at least RetryInitial, RetryFactor at least 1")
+	case c.Retention < 0 || c.PurgeInterval < 0:
+		return errors.New("Retention and PurgeInterval must be above 0")
 	}
 	return nil
 }
@@ -98,7 +107,8 @@ type Worker struct {
 	cfg     Config
 	deps    Deps
 	metrics *metrics
-	loops   []*loop
+	loops   map[string][]*loop // by handler
+	idle    trouble            // of the database, also while there is nothing to do
 }
 
 // New checks the configuration; it neither dials nor reads.
@@ -106,11 +116,11 @@ func New(cfg Config, deps Deps) (*Worker, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, fmt.Errorf("worker: %w", err)
 	}
-	w := &Worker{cfg: cfg.withDefaults(), deps: deps}
-	w.metrics = newMetrics(deps.Registerer, w.cfg.Handlers)
+	w := &Worker{cfg: cfg.withDefaults(), deps: deps, loops: map[string][]*loop{}}
+	w.metrics = newMetrics(deps.Registerer, w.cfg.Handlers, w.check)
 	for _, r := range w.cfg.Handlers {
 		for range w.cfg.Concurrency {
-			w.loops = append(w.loops, newLoop(w, r.Handler))
+			w.loops[r.Handler.Name()] = append(w.loops[r.Handler.Name()], newLoop(w, r.Handler))
 		}
 	}
 	return w, nil
@@ -123,20 +133,24 @@ func (w *Worker) Name() string { return "worker" }
 // waits for a database or a broker that is away, and for streams that are not set up yet, and says so in
 // the health checks; the error is about pending migrations only.
 func (w *Worker) Run(ctx context.Context) error {
-	for _, l := range w.loops {
-		w.deps.Health.Add("worker "+l.handler.Name(), l.check)
+	for name := range w.loops {
+		w.deps.Health.Add("worker "+name, func() error { return w.check(name) })
 	}
 	if err := w.waitForDatabase(ctx); err != nil {
 		return err
 	}
 	group, groupCtx := errgroup.WithContext(ctx)
-	for _, l := range w.loops {
-		group.Go(func() error { return l.run(groupCtx) })
+	for _, loops := range w.loops {
+		for _, l := range loops {
+			group.Go(func() error { return l.run(groupCtx) })
+		}
 	}
-	group.Go(func() error {
-		w.watchLag(groupCtx)
-		return nil
-	})
+	for _, watch := range []func(context.Context){w.watchLag, w.watchDatabase, w.clean} {
+		group.Go(func() error {
+			watch(groupCtx)
+			return nil
+		})
+	}
 	if err := group.Wait(); err != nil {
 		return fmt.Errorf("run handlers: %w", err)
 	}
@@ -149,14 +163,22 @@ func (w *Worker) Run(ctx context.Context) error {
 	return nil
 }
 
+// check is the readiness of a handler.
+func (w *Worker) check(handler string) error {
+	for _, l := range w.loops[handler] {
+		if err := l.check(); err != nil {
+			return err
+		}
+	}
+	return w.idle.check()
+}
+
 // waitForDatabase returns once the database answers and its migrations are done, or ctx is.
 func (w *Worker) waitForDatabase(ctx context.Context) error {
 	policy := outageBackoff()
 	for ctx.Err() == nil {
 		err := database.CheckMigrated(ctx, w.deps.DB)
-		for _, l := range w.loops {
-			l.database.setTrouble(err)
-		}
+		w.idle.setTrouble(err)
 		if err == nil {
 			return nil
 		}
@@ -173,17 +195,33 @@ func (w *Worker) waitForDatabase(ctx context.Context) error {
 	return nil
 }
 
-// watchLag keeps the lag metrics of every handler.
-func (w *Worker) watchLag(ctx context.Context) {
-	ticker := time.NewTicker(5 * time.Second)
+// watchInterval is how often the database and the lag are looked at where nothing else shows them.
+const watchInterval = 5 * time.Second
+
+// watchDatabase notices an outage of the database also while no event comes.
+func (w *Worker) watchDatabase(ctx context.Context) {
+	ticker := time.NewTicker(watchInterval)
 	defer ticker.Stop()
 	for {
-		for _, l := range w.loops {
-			w.metrics.paused.WithLabelValues(l.handler.Name()).Set(0)
-			if l.check() != nil {
-				w.metrics.paused.WithLabelValues(l.handler.Name()).Set(1)
-			}
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
 		}
+		pingCtx, cancel := context.WithTimeout(ctx, watchInterval)
+		err := database.Ping(pingCtx, w.deps.DB)
+		cancel()
+		if ctx.Err() == nil {
+			w.idle.setTrouble(err)
+		}
+	}
+}
+
+// watchLag keeps the lag metric of every handler.
+func (w *Worker) watchLag(ctx context.Context) {
+	ticker := time.NewTicker(watchInterval)
+	defer ticker.Stop()
+	for {
 		for _, r := range w.cfg.Handlers {
 			name := r.Handler.Name()
 			consumer, err := w.deps.JetStream.Consumer(ctx, stream.Events, name)
@@ -198,22 +236,4 @@ func (w *Worker) watchLag(ctx context.Context) {
 		case <-ticker.C:
 		}
 	}
-}
-
-// trouble is the last known reason why a loop cannot work; nil while it can.
-type trouble struct{ p atomic.Pointer[error] }
-
-func (t *trouble) setTrouble(err error) {
-	if err == nil {
-		t.p.Store(nil)
-		return
-	}
-	t.p.Store(&err)
-}
-
-func (t *trouble) check() error {
-	if p := t.p.Load(); p != nil {
-		return *p
-	}
-	return nil
 }

@@ -51,19 +51,23 @@ type Known struct {
 	FirstFailedAt time.Time
 	NextAttemptAt time.Time
 	ReplayID      string
+	Seq           uint64 // of the delivery that the row is of
 }
 
 // For is what the log says to this delivery of the event. A deliberate replay that the log has not seen yet
-// begins anew: its attempts count from zero, and an event that was applied is applied again.
+// begins anew: its attempts count from zero, and an event that was applied is applied again. So does a dead one that its
+// sender sent again, which is another delivery; the same delivery is only the end of what a crash interrupted.
 func (k Known) For(e *event.Event) Known {
-	if e.ReplayID != "" && e.ReplayID != k.ReplayID {
+	if e.ReplayID != "" && e.ReplayID != k.ReplayID || k.Status == Dead && k.Seq != e.Seq {
 		return Known{}
 	}
 	return k
 }
 
-// Settled tells whether the event needs nothing more from the handler.
-func (k Known) Settled() bool { return k.Status == Processed || k.Status == Discarded }
+// Settled tells whether the event needs nothing more from the handler. A dead letter is durable before its row is.
+func (k Known) Settled() bool {
+	return k.Status == Processed || k.Status == Discarded || k.Status == Dead
+}
 
 // ErrRaced tells that another worker settled an event of the batch while this one worked on it. The
 // transaction must be rolled back; a fresh look into the inbox shows which.
@@ -79,7 +83,7 @@ func New(handler string) *Inbox { return &Inbox{handler: handler} }
 
 // Find returns what the log says of the events; those that it does not know are absent.
 func (i *Inbox) Find(ctx context.Context, tx *gorm.DB, ids []string) (map[string]Known, error) {
-	const columns = "SELECT event_id, status, attempts, first_failed_at, next_attempt_at, replay_id FROM deliveries WHERE handler = "
+	const columns = "SELECT event_id, status, attempts, first_failed_at, next_attempt_at, replay_id, stream_seq FROM deliveries WHERE handler = "
 	query, args := columns+"$1 AND event_id = ANY($2::text[])", []any{i.handler, ids}
 	if !database.IsPostgres(tx) {
 		query, args = columns+"? AND event_id IN (?"+strings.Repeat(",?", len(ids)-1)+")", []any{i.handler}
@@ -98,10 +102,12 @@ func (i *Inbox) Find(ctx context.Context, tx *gorm.DB, ids []string) (map[string
 		var k Known
 		var first, next sql.NullTime
 		var replay sql.NullString
-		if err := rows.Scan(&id, &k.Status, &k.Attempts, &first, &next, &replay); err != nil {
+		var seq sql.NullInt64
+		if err := rows.Scan(&id, &k.Status, &k.Attempts, &first, &next, &replay, &seq); err != nil {
 			return nil, fmt.Errorf("read delivery: %w", err)
 		}
 		k.FirstFailedAt, k.NextAttemptAt, k.ReplayID = first.Time, next.Time, replay.String
+		k.Seq = uint64(max(seq.Int64, 0)) //nolint:gosec // not negative
 		known[id] = k
 	}
 	if err := rows.Err(); err != nil {
@@ -122,9 +128,9 @@ func (i *Inbox) Settle(ctx context.Context, tx *gorm.DB, entries []Entry) error 
 	return nil
 }
 
-// Record writes one entry of an attempt that failed. An event that another worker applied meanwhile stays applied.
-func (i *Inbox) Record(ctx context.Context, tx *gorm.DB, entry Entry) error {
-	_, err := i.write(ctx, tx, []Entry{entry})
+// Record writes entries of attempts that failed. An event that another worker applied meanwhile stays applied.
+func (i *Inbox) Record(ctx context.Context, tx *gorm.DB, entries []Entry) error {
+	_, err := i.write(ctx, tx, entries)
 	return err
 }
 

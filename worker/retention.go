@@ -1,0 +1,186 @@
+package worker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+	"go.uber.org/zap"
+	"gorm.io/gorm"
+
+	"github.com/usherhq/usher/pkg/database"
+	"github.com/usherhq/usher/pkg/stream"
+)
+
+// rememberFor is how long the delivery log remembers an event at least: the sender can send one again as long as it
+// keeps the body, which is 90 days. Past the stream's own dedupe the log is all that recognises it.
+const rememberFor = 90 * 24 * time.Hour
+
+// deleteStep is how many rows of the delivery log go at once: a moment's lock and a moment's disk. deletePause is
+// between two steps.
+const (
+	deleteStep  = 1000
+	deletePause = 100 * time.Millisecond
+)
+
+// clean removes what is past its time until ctx is done. Every worker does it, now and then; nothing is removed twice, and
+// nobody needs to lead. An error is logged and mended by the next turn.
+func (w *Worker) clean(ctx context.Context) {
+	log := w.deps.Log.With(zap.String("service", "worker"))
+	for {
+		wait := w.cfg.PurgeInterval*3/4 + rand.N(w.cfg.PurgeInterval/2+1)
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(wait):
+		}
+		start := time.Now()
+		now, purged, err := w.purgeStream(ctx)
+		if purged > 0 {
+			w.metrics.purged.Add(float64(purged))
+			log.Info("stream purged", zap.Uint64("events", purged), zap.Duration("retention", w.cfg.Retention), zap.Duration("duration", time.Since(start)))
+		}
+		if err == nil {
+			start = time.Now()
+			var deleted int64
+			if deleted, err = w.deleteDeliveries(ctx, now); deleted > 0 {
+				log.Info("delivery log cleaned", zap.Int64("rows", deleted), zap.Duration("duration", time.Since(start)))
+			}
+		}
+		if err != nil && ctx.Err() == nil {
+			log.Warn("retention waits for its next turn", zap.Error(err))
+		}
+	}
+}
+
+// purgeStream removes the events that are older than the retention and settled by every handler. It returns the broker's time: the
+// events were stamped with that clock, and a clock of ours that jumped must not remove anything.
+func (w *Worker) purgeStream(ctx context.Context) (now time.Time, purged uint64, err error) {
+	s, err := w.deps.JetStream.Stream(ctx, stream.Events)
+	if err != nil {
+		return now, 0, fmt.Errorf("look up stream %s: %w", stream.Events, err)
+	}
+	before := s.CachedInfo()
+	now = before.TimeStamp
+	state := before.State
+	cutoff := now.Add(-w.cfg.Retention)
+	if state.Msgs == 0 || !state.FirstTime.Before(cutoff) {
+		return now, 0, nil
+	}
+	keep := state.LastSeq + 1 // the first event that stays
+	for _, r := range w.cfg.Handlers {
+		first, err := w.firstUnsettled(ctx, s, r.Handler.Name(), state.LastSeq)
+		if err != nil {
+			return now, 0, fmt.Errorf("find the first event that handler %s has not settled: %w", r.Handler.Name(), err)
+		}
+		keep = min(keep, first)
+	}
+	if keep <= state.FirstSeq {
+		return now, 0, nil
+	}
+	if keep, err = firstSince(ctx, s, cutoff, state.FirstSeq, keep); err != nil {
+		return now, 0, fmt.Errorf("find the first event since %s: %w", cutoff.UTC().Format(time.RFC3339), err)
+	}
+	if keep <= state.FirstSeq {
+		return now, 0, nil
+	}
+	if err := s.Purge(ctx, jetstream.WithPurgeSequence(keep)); err != nil {
+		return now, 0, fmt.Errorf("purge stream %s: %w", stream.Events, err)
+	}
+	after, err := s.Info(ctx)
+	if err != nil {
+		return now, 0, fmt.Errorf("look up stream %s: %w", stream.Events, err)
+	}
+	// What came in meanwhile is not to be counted as a loss, nor another worker's purge as ours twice.
+	gone := int64(state.Msgs) + int64(after.State.LastSeq) - int64(state.LastSeq) - int64(after.State.Msgs) //nolint:gosec // far below 2^63
+	return now, uint64(max(gone, 0)), nil                                                                  //nolint:gosec // not negative
+}
+
+// firstUnsettled is the sequence of the first event that a handler may still need, last + 1 where it needs none up to last.
+func (w *Worker) firstUnsettled(ctx context.Context, s jetstream.Stream, handler string, last uint64) (uint64, error) {
+	consumer, err := w.deps.JetStream.Consumer(ctx, stream.Events, handler)
+	if err != nil {
+		return 0, err //nolint:wrapcheck // the caller says what it was for
+	}
+	info := consumer.CachedInfo()
+	if info.NumPending == 0 && info.NumAckPending == 0 {
+		return last + 1, nil
+	}
+	// The ack floor alone would stand still below the events of other handlers.
+	first := last + 1
+	filters := info.Config.FilterSubjects
+	if len(filters) == 0 {
+		filters = []string{info.Config.FilterSubject}
+	}
+	for _, filter := range filters {
+		if filter == "" {
+			filter = ">"
+		}
+		msg, err := s.GetMsg(ctx, info.AckFloor.Stream+1, jetstream.WithGetMsgSubject(filter))
+		switch {
+		case errors.Is(err, jetstream.ErrMsgNotFound):
+		case err != nil:
+			return 0, err //nolint:wrapcheck // the caller says what it was for
+		default:
+			first = min(first, msg.Sequence)
+		}
+	}
+	return first, nil
+}
+
+// firstSince finds the first sequence in [from, to) whose event was stored at cutoff or later, else to. It looks at as many
+// events as to-from has binary digits.
+func firstSince(ctx context.Context, s jetstream.Stream, cutoff time.Time, from, to uint64) (uint64, error) {
+	for from < to {
+		middle := from + (to-from)/2
+		msg, err := s.GetMsg(ctx, middle, jetstream.WithGetMsgSubject(">")) // the next one, where middle was deleted
+		switch {
+		case errors.Is(err, jetstream.ErrMsgNotFound):
+			to = middle
+		case err != nil:
+			return 0, err //nolint:wrapcheck // the caller says what it was for
+		case msg.Time.Before(cutoff):
+			from = msg.Sequence + 1
+		default:
+			to = middle
+		}
+	}
+	return to, nil
+}
+
+// deleteDeliveries removes rows of the delivery log that nothing can ask for any more, in small steps.
+func (w *Worker) deleteDeliveries(ctx context.Context, now time.Time) (int64, error) {
+	settled := now.Add(-max(w.cfg.Retention, rememberFor))
+	// A letter lives for so long; its row stays for as long again, so that the letter's fate can be looked up.
+	dead := now.Add(-max(w.cfg.Retention, rememberFor) - stream.DeadLetterAge)
+	var total int64
+	for {
+		var n int64
+		err := database.InTx(ctx, w.deps.DB, func(tx *gorm.DB) error {
+			lock := ""
+			if database.IsPostgres(tx) {
+				lock = " FOR UPDATE SKIP LOCKED" // another worker cleans the same
+			}
+			result := tx.Exec(`DELETE FROM deliveries WHERE (handler, event_id) IN (SELECT handler, event_id FROM deliveries
+				WHERE received_at < ? AND (status IN ('processed', 'discarded') AND COALESCE(processed_at, received_at) < ? OR status = 'dead' AND processed_at < ?)
+				ORDER BY received_at LIMIT ?`+lock+`)`, settled, settled, dead, deleteStep)
+			n = result.RowsAffected
+			return result.Error
+		})
+		if err != nil {
+			return total, fmt.Errorf("delete old deliveries: %w", err)
+		}
+		total += n
+		if n < deleteStep {
+			return total, nil
+		}
+		select {
+		case <-ctx.Done():
+			return total, nil
+		case <-time.After(deletePause):
+		}
+	}
+}
