@@ -2,13 +2,17 @@
 // needed to understand and to replay them: the body and the headers as they were stored, and who
 // gave up, why, after how many attempts and when.
 //
-// A dead letter is durable before its original is given up, so an event is never in neither place.
+// A dead letter is durable before its original is given up, so an event is never in neither place. The stream holds the letters;
+// the delivery log (status dead) is their index: lists, counts and groups come from it and read no letter. Replaying and
+// discarding may be broken off and repeated at any point. What a crash in between leaves, [Sweeper] puts right. The
+// package judges no error and calls no handler.
 package deadletter
 
 import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"maps"
 	"regexp"
@@ -73,7 +77,8 @@ type Record struct {
 }
 
 // Put stores a dead letter and returns its sequence in [stream.DeadLetters] once it is durable. Putting the same one again (after a crash
-// before its original was given up) stores nothing new within [stream.DedupeWindow].
+// before its original was given up) stores nothing new within [stream.DedupeWindow], unless the letter was taken away meanwhile: the
+// sequence is always that of a letter which is there.
 func Put(ctx context.Context, js jetstream.JetStream, r *Record) (uint64, error) {
 	msg := nats.NewMsg(stream.DeadLetterSubject(r.Handler, &r.Event))
 	msg.Data = r.Event.Raw
@@ -82,7 +87,8 @@ func Put(ctx context.Context, js jetstream.JetStream, r *Record) (uint64, error)
 			msg.Header[key] = values
 		}
 	}
-	msg.Header.Set(stream.HeaderMsgID, fmt.Sprintf("%s:%s:%d", r.Handler, stream.Events, r.Sequence))
+	// With the event's id, since a stream that was made anew counts from one again.
+	msg.Header.Set(stream.HeaderMsgID, fmt.Sprintf("%s:%s:%d:%s", r.Handler, stream.Events, r.Sequence, r.Event.ID))
 	msg.Header.Set(stream.HeaderEventID, r.Event.ID)
 	msg.Header.Set(headerHandler, r.Handler)
 	msg.Header.Set(headerReason, string(r.Reason))
@@ -93,10 +99,24 @@ func Put(ctx context.Context, js jetstream.JetStream, r *Record) (uint64, error)
 	msg.Header.Set(headerSubject, r.Subject)
 	msg.Header.Set(headerSequence, strconv.FormatUint(r.Sequence, 10))
 	ack, err := js.PublishMsg(ctx, msg)
+	if err == nil && ack.Duplicate && isGone(ctx, js, ack.Sequence) {
+		msg.Header.Set(stream.HeaderMsgID, msg.Header.Get(stream.HeaderMsgID)+":"+strconv.FormatUint(ack.Sequence, 10))
+		ack, err = js.PublishMsg(ctx, msg)
+	}
 	if err != nil {
 		return 0, fmt.Errorf("put dead letter of %s: %w", r.Event.ID, err)
 	}
 	return ack.Sequence, nil
+}
+
+// isGone tells whether a letter is known not to be there any more.
+func isGone(ctx context.Context, js jetstream.JetStream, seq uint64) bool {
+	s, err := js.Stream(ctx, stream.DeadLetters)
+	if err != nil {
+		return false
+	}
+	_, err = s.GetMsg(ctx, seq)
+	return errors.Is(err, jetstream.ErrMsgNotFound)
 }
 
 // volatile is what differs between two failures of the same kind: numbers, hex, ids and quoted values.

@@ -72,6 +72,8 @@ type Event struct {
 	Seq uint64
 	// ReplayID is the publish id of a deliberate replay, empty for a first delivery.
 	ReplayID string
+	// WithEffects tells, of a deliberate replay, that effects on the outside (mail, chat) are wanted again.
+	WithEffects bool
 	// TraceParent is the W3C trace context that the event came in with, empty for none.
 	TraceParent string
 

@@ -27,14 +27,15 @@ const (
 
 // Headers of a stored event (see docs/reference.md).
 const (
-	HeaderMsgID       = jetstream.MsgIDHeader
-	HeaderEventID     = "Usher-Event-Id"
-	HeaderType        = "Usher-Type"
-	HeaderSource      = "Usher-Source"
-	HeaderOrigin      = "Usher-Origin"
-	HeaderReceivedAt  = "Usher-Received-At"
-	HeaderReplayID    = "Usher-Replay-Id"
-	HeaderTraceParent = "traceparent"
+	HeaderMsgID         = jetstream.MsgIDHeader
+	HeaderEventID       = "Usher-Event-Id"
+	HeaderType          = "Usher-Type"
+	HeaderSource        = "Usher-Source"
+	HeaderOrigin        = "Usher-Origin"
+	HeaderReceivedAt    = "Usher-Received-At"
+	HeaderReplayID      = "Usher-Replay-Id"
+	HeaderReplayEffects = "Usher-Replay-Effects"
+	HeaderTraceParent   = "traceparent"
 )
 
 // HeaderRoom is how many bytes of a broker's max_payload are kept free for the headers of an event
@@ -121,6 +122,7 @@ func Parse(header nats.Header, body []byte, seq uint64) (event.Event, error) {
 		e.Origin = event.OriginWebhook
 	}
 	e.ReplayID = header.Get(HeaderReplayID)
+	e.WithEffects = header.Get(HeaderReplayEffects) == "true"
 	e.TraceParent = header.Get(HeaderTraceParent)
 	e.Seq = seq
 	if at, perr := time.Parse(time.RFC3339Nano, header.Get(HeaderReceivedAt)); perr == nil {

@@ -1,0 +1,68 @@
+// Package audit remembers who changed what on purpose: one row of audit_log for every replay and every discard.
+//
+// The row is there before the first change is made, so a run that was killed has left a trace; it says what was done by
+// the time of its last note. The package refuses nothing and decides nothing: a caller that cannot write its row must not begin.
+package audit
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/segmentio/ksuid"
+	"gorm.io/gorm"
+)
+
+// Action is what was done. The set is closed.
+type Action string
+
+// The actions.
+const (
+	ReplayLetters  Action = "dead_letters.replay"
+	DiscardLetters Action = "dead_letters.discard"
+	ReplayEvents   Action = "events.replay"
+)
+
+// unfinished is the detail of a row whose run has not come to its end.
+const unfinished = "has not come to its end: running, or killed"
+
+// Log is the row of one run. It is for one goroutine.
+type Log struct {
+	db *gorm.DB
+	id string
+}
+
+// Begin writes the row of a run that is about to change something. selector is what was asked for, as flags say it.
+func Begin(ctx context.Context, db *gorm.DB, actor string, action Action, selector string) (*Log, error) {
+	id, err := ksuid.NewRandom()
+	if err != nil {
+		return nil, fmt.Errorf("write audit log: %w", err)
+	}
+	const insert = "INSERT INTO audit_log (id, at, actor, action, selector, affected, failed, detail) VALUES (?, ?, ?, ?, ?, 0, 0, ?)"
+	if err := db.WithContext(ctx).Exec(insert, id.String(), time.Now().UTC(), actor, string(action), selector, unfinished).Error; err != nil {
+		return nil, fmt.Errorf("write audit log: %w", err)
+	}
+	return &Log{db: db, id: id.String()}, nil
+}
+
+// Note says how far the run has come.
+func (l *Log) Note(ctx context.Context, affected, failed int) error {
+	return l.update(ctx, affected, failed, unfinished)
+}
+
+// End says how the run ended: detail is why before its end, empty where it came to it.
+func (l *Log) End(ctx context.Context, affected, failed int, detail string) error {
+	return l.update(ctx, affected, failed, detail)
+}
+
+func (l *Log) update(ctx context.Context, affected, failed int, detail string) error {
+	result := l.db.WithContext(ctx).Exec("UPDATE audit_log SET affected = ?, failed = ?, detail = ? WHERE id = ?", affected, failed, detail, l.id)
+	if result.Error != nil {
+		return fmt.Errorf("write audit log: %w", result.Error)
+	}
+	if result.RowsAffected == 0 {
+		return errors.New("write audit log: its row is gone")
+	}
+	return nil
+}

@@ -1,0 +1,260 @@
+package deadletter
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+	"golang.org/x/sync/errgroup"
+	"gorm.io/gorm"
+
+	"github.com/usherhq/usher/pkg/replay"
+)
+
+// Result says what a run did.
+type Result struct {
+	Selected  int    // when it began
+	Replayed  int    // given to their handlers again
+	Discarded int    // given up
+	Gone      int    // could not be replayed, since their letters are gone
+	Applied   int    // of the replayed: known to be applied
+	Failed    int    // of the replayed: known to have failed again
+	Stopped   string // why it ended early
+}
+
+// page is how many letters a run holds at once, and parallel how many of them it reads or deletes at once.
+const (
+	page     = 500
+	parallel = 16
+)
+
+// settleTime bounds how long a run that was interrupted may take to settle what it had begun.
+const settleTime = 10 * time.Second
+
+// Replay gives every dead letter that f selects back to the handler that failed, the oldest event first, and takes the letter away.
+// It holds a page of letters at a time. Those that die again meanwhile are not replayed again by this run. It may be broken off
+// and repeated at any point, and run twice at once: each letter is applied once.
+//
+// A letter goes through four steps: it is published with an id of its own, the ack is awaited, the log's row is marked (unless the
+// worker was faster), the letter is deleted. Whatever step comes last, repeating is harmless: before the mark, the same id is published
+// again; after it, the row is no longer dead and the event is in the stream.
+//
+// The error of a run that too many failures stopped is nil, and Result.Stopped says why.
+func Replay(ctx context.Context, js jetstream.JetStream, db *gorm.DB, f Filter, o replay.Options, progress func(Result)) (Result, error) {
+	var result Result
+	dlq, err := open(ctx, js)
+	if err != nil {
+		return result, err
+	}
+	if result.Selected, f.through, err = total(ctx, db, f); err != nil || result.Selected == 0 {
+		return result, err
+	}
+	o.Progress = func(p replay.Progress) {
+		result.Replayed, result.Applied, result.Failed = p.Published, p.Applied, p.Failed
+		if progress != nil {
+			progress(result)
+		}
+	}
+	run := replay.New(js, db, o)
+	err = replayAll(ctx, dlq, db, f, run, &result)
+	if err == nil {
+		err = run.Finish(ctx)
+	}
+	o.Progress(run.Progress())
+	if errors.Is(err, replay.ErrFailing) || errors.Is(err, replay.ErrStalled) {
+		result.Stopped, err = err.Error(), nil
+	}
+	return result, err
+}
+
+func replayAll(ctx context.Context, dlq jetstream.Stream, db *gorm.DB, f Filter, run *replay.Run, result *Result) error {
+	var at place
+	for {
+		if err := run.Wait(ctx); err != nil {
+			return err
+		}
+		entries, err := after(ctx, db, f, at, run.Window())
+		if err != nil || len(entries) == 0 {
+			return err
+		}
+		at = entries[len(entries)-1].place()
+		items, found, err := readAll(ctx, dlq, entries)
+		if err != nil {
+			return err
+		}
+		result.Gone += len(entries) - len(found)
+		stored, publishErr := run.Publish(ctx, items)
+		// What is stored is settled, also by a run that was interrupted: the ids of stored items are a subset in the same order.
+		ids := make(map[string]bool, len(stored))
+		for _, item := range stored {
+			ids[item.ID] = true
+		}
+		found = slices.DeleteFunc(found, func(l held) bool { return !ids[l.replayID] })
+		if err := settle(ctx, db, dlq, found); err != nil {
+			return errors.Join(publishErr, err)
+		}
+		if publishErr != nil {
+			return publishErr
+		}
+	}
+}
+
+// held is an entry whose letter was read.
+type held struct {
+	Entry
+	replayID string
+}
+
+// replayID is the id of the replay of one letter. It holds the time of the letter, since the sequences of a stream that was made
+// anew begin at one again.
+func replayID(seq uint64, at time.Time) string {
+	return "replay:" + strconv.FormatUint(seq, 10) + ":" + strconv.FormatInt(at.UnixMicro(), 36)
+}
+
+// readAll reads the letters of a page. Entries whose letter is gone are left out.
+func readAll(ctx context.Context, dlq jetstream.Stream, entries []Entry) ([]replay.Item, []held, error) {
+	messages := make([]*jetstream.RawStreamMsg, len(entries))
+	group, groupCtx := errgroup.WithContext(ctx)
+	group.SetLimit(parallel)
+	for i, e := range entries {
+		group.Go(func() error {
+			msg, err := read(groupCtx, dlq, e)
+			if errors.Is(err, ErrGone) {
+				return nil
+			}
+			messages[i] = msg
+			return err
+		})
+	}
+	if err := group.Wait(); err != nil {
+		return nil, nil, err //nolint:wrapcheck // read says it
+	}
+	items, found := make([]replay.Item, 0, len(entries)), make([]held, 0, len(entries))
+	for i, msg := range messages {
+		if msg != nil {
+			id := replayID(msg.Sequence, msg.Time)
+			items = append(items, replay.NewItem(entries[i].Handler, id, msg))
+			found = append(found, held{entries[i], id})
+		}
+	}
+	return items, found, nil
+}
+
+// Discard gives up every dead letter that f selects: the letter is deleted, then the log's row says discarded. A run that was
+// broken off in between has left rows without a letter, which the next one discards.
+func Discard(ctx context.Context, js jetstream.JetStream, db *gorm.DB, f Filter, progress func(Result)) (Result, error) {
+	var result Result
+	dlq, err := open(ctx, js)
+	if err != nil {
+		return result, err
+	}
+	if result.Selected, f.through, err = total(ctx, db, f); err != nil {
+		return result, err
+	}
+	for at := (place{}); ctx.Err() == nil; {
+		entries, err := after(ctx, db, f, at, page)
+		if err != nil || len(entries) == 0 {
+			return result, err
+		}
+		at = entries[len(entries)-1].place()
+		_, found, err := readAll(ctx, dlq, entries) // only a row's own letter is deleted
+		if err != nil {
+			return result, err
+		}
+		n, err := giveUp(ctx, db, dlq, entries, found)
+		result.Discarded += n
+		if progress != nil {
+			progress(result)
+		}
+		if err != nil {
+			return result, err
+		}
+	}
+	return result, ctx.Err() //nolint:wrapcheck // the context's own
+}
+
+// giveUp deletes the letters of a page that were found and then marks its rows, also where ctx has ended meanwhile.
+func giveUp(ctx context.Context, db *gorm.DB, dlq jetstream.Stream, entries []Entry, found []held) (int, error) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), settleTime)
+	defer cancel()
+	if err := deleteAll(ctx, dlq, found); err != nil {
+		return 0, err
+	}
+	all := make([]held, len(entries))
+	for i, e := range entries {
+		all[i] = held{Entry: e}
+	}
+	return markDiscarded(ctx, db, all)
+}
+
+// settle marks the rows of what was published and then deletes the letters, also where ctx has ended meanwhile.
+func settle(ctx context.Context, db *gorm.DB, dlq jetstream.Stream, letters []held) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), settleTime)
+	defer cancel()
+	if _, err := markRetrying(ctx, db, letters); err != nil {
+		return err
+	}
+	return deleteAll(ctx, dlq, letters)
+}
+
+func deleteAll(ctx context.Context, dlq jetstream.Stream, letters []held) error {
+	group, groupCtx := errgroup.WithContext(ctx)
+	group.SetLimit(parallel)
+	for _, l := range letters {
+		group.Go(func() error { return remove(groupCtx, dlq, l.LetterSeq) })
+	}
+	return group.Wait() //nolint:wrapcheck // remove says it
+}
+
+// remove deletes a letter; one that is not there is none to delete.
+func remove(ctx context.Context, dlq jetstream.Stream, seq uint64) error {
+	err := dlq.DeleteMsg(ctx, seq)
+	if err == nil {
+		return nil
+	}
+	if _, getErr := dlq.GetMsg(ctx, seq); errors.Is(getErr, jetstream.ErrMsgNotFound) {
+		return nil
+	}
+	return fmt.Errorf("delete dead letter %d: %w", seq, err)
+}
+
+// markRetrying says in the log that a letter is with its handler again: its attempts begin anew. A row that the worker has written
+// since the letter was read is left alone.
+func markRetrying(ctx context.Context, db *gorm.DB, letters []held) (int, error) {
+	return mark(ctx, db, letters, `status = 'retrying', attempts = 0, first_failed_at = NULL, next_attempt_at = NULL, letter_seq = NULL,
+		processed_at = ?, replay_id = ?`, func(l held) []any { return []any{time.Now().UTC(), l.replayID} })
+}
+
+// markDiscarded says in the log that letters were given up.
+func markDiscarded(ctx context.Context, db *gorm.DB, letters []held) (int, error) {
+	return mark(ctx, db, letters, "status = 'discarded', letter_seq = NULL, processed_at = ?", func(held) []any { return []any{time.Now().UTC()} })
+}
+
+// mark updates the rows of letters that are still what they were. It locks rows in the order in which the worker does, so that
+// the two never wait for each other.
+func mark(ctx context.Context, db *gorm.DB, letters []held, set string, args func(held) []any) (int, error) {
+	letters = slices.SortedFunc(slices.Values(letters), func(a, b held) int {
+		return cmp.Or(cmp.Compare(a.Handler, b.Handler), cmp.Compare(a.EventID, b.EventID))
+	})
+	changed := 0
+	err := db.WithContext(ctx).Transaction(func(tx *gorm.DB) error {
+		for _, l := range letters {
+			values := append(args(l), l.Handler, l.EventID, int64(l.LetterSeq)) //nolint:gosec // a sequence stays far below 2^63
+			result := tx.Exec("UPDATE deliveries SET "+set+" WHERE handler = ? AND event_id = ? AND status = 'dead' AND COALESCE(letter_seq, 0) = ?", values...)
+			if result.Error != nil {
+				return result.Error
+			}
+			changed += int(result.RowsAffected)
+		}
+		return nil
+	})
+	if err != nil {
+		return 0, fmt.Errorf("mark dead letters: %w", err)
+	}
+	return changed, nil
+}

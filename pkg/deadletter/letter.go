@@ -1,0 +1,96 @@
+package deadletter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+	"gorm.io/gorm"
+
+	"github.com/usherhq/usher/pkg/stream"
+)
+
+// ErrNotFound tells that no such dead letter is known.
+var ErrNotFound = errors.New("no such dead letter")
+
+// ErrGone tells that a dead letter is known but that its body is not kept any more.
+var ErrGone = errors.New("the letter is gone: it was older than 90 days, or the stream was made anew")
+
+// Find returns what the log says of an event's dead letter at a handler, or [ErrNotFound].
+func Find(ctx context.Context, db *gorm.DB, handler, eventID string) (Entry, error) {
+	entries, err := after(ctx, db, Filter{Handler: handler, IDs: []string{eventID}}, place{}, 1)
+	if err != nil {
+		return Entry{}, err
+	}
+	if len(entries) == 0 {
+		return Entry{}, ErrNotFound
+	}
+	return entries[0], nil
+}
+
+// Get reads the letter of an entry: the event as it was stored, and what the letter says besides. The error is [ErrGone] where
+// it is not there any more.
+func Get(ctx context.Context, js jetstream.JetStream, e Entry) (Record, error) {
+	s, err := open(ctx, js)
+	if err != nil {
+		return Record{}, err
+	}
+	msg, err := read(ctx, s, e)
+	if err != nil {
+		return Record{}, err
+	}
+	return parse(msg), nil
+}
+
+func open(ctx context.Context, js jetstream.JetStream) (jetstream.Stream, error) {
+	s, err := js.Stream(ctx, stream.DeadLetters)
+	if errors.Is(err, jetstream.ErrStreamNotFound) {
+		return nil, stream.ErrSetup
+	}
+	if err != nil {
+		return nil, fmt.Errorf("look up stream %s: %w", stream.DeadLetters, err)
+	}
+	return s, nil
+}
+
+// read reads the letter of an entry, and makes sure that it is its own.
+func read(ctx context.Context, s jetstream.Stream, e Entry) (*jetstream.RawStreamMsg, error) {
+	if e.LetterSeq == 0 {
+		return nil, ErrGone
+	}
+	msg, err := s.GetMsg(ctx, e.LetterSeq)
+	if errors.Is(err, jetstream.ErrMsgNotFound) {
+		return nil, ErrGone
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read dead letter %d: %w", e.LetterSeq, err)
+	}
+	if msg.Header.Get(stream.HeaderEventID) != e.EventID || msg.Header.Get(headerHandler) != e.Handler { // a stream that was made anew
+		return nil, ErrGone
+	}
+	return msg, nil
+}
+
+// parse reads a letter back.
+func parse(msg *jetstream.RawStreamMsg) Record {
+	h := msg.Header
+	e, _ := stream.Parse(h, msg.Data, msg.Sequence) // what cannot be decoded is a dead letter all the same
+	attempts, _ := strconv.Atoi(h.Get(headerAttempts))
+	sequence, _ := strconv.ParseUint(h.Get(headerSequence), 10, 64)
+	return Record{
+		Handler: h.Get(headerHandler), Event: e, Reason: Reason(h.Get(headerReason)), Error: h.Get(headerError), Attempts: attempts,
+		FirstFailedAt: parseTime(h.Get(headerFirstFailedAt)), LastFailedAt: parseTime(h.Get(headerLastFailedAt)),
+		Subject: h.Get(headerSubject), Sequence: sequence, Header: h,
+	}
+}
+
+func parseTime(text string) time.Time {
+	at, err := time.Parse(time.RFC3339Nano, text)
+	if err != nil {
+		return time.Time{}
+	}
+	return at
+}

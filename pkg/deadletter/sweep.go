@@ -1,0 +1,254 @@
+package deadletter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+	"gorm.io/gorm"
+	"gorm.io/gorm/clause"
+)
+
+// Sweeper makes the letters and their index agree again after a crash, or after one of the two was restored from a backup. A
+// letter that the log does not know is indexed; one that was replayed or given up, and whose deletion a crash prevented, is
+// deleted. Several may run at once. A Sweeper is for one goroutine.
+type Sweeper struct {
+	js jetstream.JetStream
+	db *gorm.DB
+	// MinAge is how old a letter must be before it is looked at (2 min): who is at work on a younger one settles it himself.
+	MinAge time.Duration
+	walked time.Time
+}
+
+// NewSweeper returns a Sweeper that has not looked at anything.
+func NewSweeper(js jetstream.JetStream, db *gorm.DB) *Sweeper {
+	return &Sweeper{js: js, db: db, MinAge: 2 * time.Minute}
+}
+
+// Swept says what a sweep did.
+type Swept struct {
+	Read    int // letters looked at; 0 where nothing seemed to be missing
+	Indexed int
+	Deleted int
+}
+
+// fullEvery is how often every letter is looked at even where the numbers agree.
+const fullEvery = 24 * time.Hour
+
+// Sweep is to be called every minute or so. Where the stream and the index hold the same number of letters it costs one request
+// and one count, and looks at all of them once a day (and the first time).
+func (s *Sweeper) Sweep(ctx context.Context) (Swept, error) {
+	var swept Swept
+	dlq, err := open(ctx, s.js)
+	if err != nil {
+		return swept, err
+	}
+	state := dlq.CachedInfo().State
+	if state.Msgs == 0 {
+		return swept, nil
+	}
+	if time.Since(s.walked) < fullEvery {
+		var known int64
+		err := s.db.WithContext(ctx).Table("deliveries").Where("status = 'dead' AND status <> 'processed' AND letter_seq BETWEEN ? AND ?", state.FirstSeq, state.LastSeq).Count(&known).Error
+		if err != nil {
+			return swept, fmt.Errorf("count dead letters: %w", err)
+		}
+		if uint64(known) == state.Msgs { //nolint:gosec // a count is not negative
+			return swept, nil
+		}
+	}
+	started := time.Now()
+	err = s.walk(ctx, dlq, state.LastSeq, &swept)
+	if err == nil {
+		s.walked = started
+	}
+	return swept, err
+}
+
+// head is a letter without its body.
+type head struct {
+	Record
+	seq uint64
+	at  time.Time
+}
+
+// nextWait is how long a letter may take to come.
+const nextWait = 5 * time.Second
+
+// walk reads the heads of all letters up to a sequence, a page at a time.
+func (s *Sweeper) walk(ctx context.Context, dlq jetstream.Stream, last uint64, swept *Swept) error {
+	consumer, err := dlq.OrderedConsumer(ctx, jetstream.OrderedConsumerConfig{HeadersOnly: true, InactiveThreshold: time.Minute})
+	if err != nil {
+		return fmt.Errorf("read dead letters: %w", err)
+	}
+	iter, err := consumer.Messages(jetstream.PullMaxMessages(page))
+	if err != nil {
+		return fmt.Errorf("read dead letters: %w", err)
+	}
+	defer iter.Stop()
+	heads := make([]head, 0, page)
+	for seq, pending := uint64(0), uint64(1); seq < last && pending > 0; {
+		msg, err := next(ctx, iter)
+		if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil { // the last ones were deleted meanwhile
+			return s.compare(ctx, dlq, heads, swept)
+		}
+		if err != nil {
+			return fmt.Errorf("read dead letters: %w", err)
+		}
+		meta, err := msg.Metadata()
+		if err != nil {
+			return fmt.Errorf("read dead letters: %w", err)
+		}
+		seq, pending = meta.Sequence.Stream, meta.NumPending
+		if time.Since(meta.Timestamp) >= s.MinAge {
+			heads = append(heads, head{parse(&jetstream.RawStreamMsg{Header: msg.Headers(), Sequence: seq}), seq, meta.Timestamp})
+		}
+		if len(heads) == page || seq >= last || pending == 0 {
+			if err := s.compare(ctx, dlq, heads, swept); err != nil {
+				return err
+			}
+			heads = heads[:0]
+		}
+	}
+	return nil
+}
+
+func next(ctx context.Context, iter jetstream.MessagesContext) (jetstream.Msg, error) {
+	ctx, cancel := context.WithTimeout(ctx, nextWait)
+	defer cancel()
+	return iter.Next(jetstream.NextContext(ctx)) //nolint:wrapcheck // the caller says what it was for
+}
+
+// known is what the log says of a letter's event at its handler.
+type known struct {
+	Handler, EventID, Status string
+	StreamSeq                uint64
+	LetterSeq                uint64
+	ReplayID                 string
+	ProcessedAt              time.Time
+}
+
+func (s *Sweeper) compare(ctx context.Context, dlq jetstream.Stream, heads []head, swept *Swept) error {
+	rows := map[string]map[string]known{}
+	ids := map[string][]string{}
+	for _, h := range heads {
+		ids[h.Handler] = append(ids[h.Handler], h.Event.ID)
+	}
+	for handler, list := range ids {
+		var found []known
+		err := s.db.WithContext(ctx).Table("deliveries").Where("handler = ? AND event_id IN ?", handler, list).
+			Select("handler, event_id, status, stream_seq, letter_seq, replay_id, processed_at").Find(&found).Error
+		if err != nil {
+			return fmt.Errorf("look up dead letters: %w", err)
+		}
+		rows[handler] = map[string]known{}
+		for _, k := range found {
+			rows[handler][k.EventID] = k
+		}
+	}
+	swept.Read += len(heads)
+	for _, h := range heads {
+		row, exists := rows[h.Handler][h.Event.ID]
+		switch judge(h, row, exists) {
+		case index:
+			n, err := s.index(ctx, dlq, h, row, exists)
+			if err != nil {
+				return err
+			}
+			swept.Indexed += n
+		case obsolete:
+			if err := remove(ctx, dlq, h.seq); err != nil {
+				return err
+			}
+			swept.Deleted++
+		case right:
+		}
+	}
+	return nil
+}
+
+type judgement int
+
+const (
+	right    judgement = iota
+	index              // the log must be told of the letter
+	obsolete           // the letter has had its day
+)
+
+// judge says what is to be done about a letter. A letter is obsolete only where the row itself proves that the event went on: it names the
+// letter's replay, or it was written later, by the letter's message or one behind it. (The sequence alone proves nothing: a stream
+// that was made anew begins at one.)
+func judge(h head, row known, exists bool) judgement {
+	later := row.StreamSeq >= h.Sequence && row.ProcessedAt.After(h.at)
+	switch {
+	case h.Handler == "" || h.Event.ID == "": // not one of ours
+		return right
+	case !exists:
+		return index
+	case row.Status == "dead" && row.LetterSeq == h.seq:
+		return right
+	case row.ReplayID != "" && row.ReplayID == replayID(h.seq, h.at):
+		return obsolete
+	case row.Status == "dead" && row.LetterSeq > h.seq && later: // it failed again, or was put twice
+		return obsolete
+	case (row.Status == "processed" || row.Status == "discarded") && later:
+		return obsolete
+	case row.Status == "dead" && row.LetterSeq > h.seq, row.Status == "retrying" && later: // on another way, and not settled yet
+		return right
+	default:
+		return index
+	}
+}
+
+// index writes the row of a letter, unless it has changed since it was read.
+func (s *Sweeper) index(ctx context.Context, dlq jetstream.Stream, h head, row known, exists bool) (int, error) {
+	// The body says what the event is about.
+	msg, err := dlq.GetMsg(ctx, h.seq)
+	if errors.Is(err, jetstream.ErrMsgNotFound) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("read dead letter %d: %w", h.seq, err)
+	}
+	r := parse(msg)
+	e := r.Event
+	if e.ReceivedAt.IsZero() {
+		e.ReceivedAt = msg.Time
+	}
+	values := map[string]any{
+		"type": string(e.Type), "source": e.Source, "origin": string(e.Origin), "object_id": null(e.Object.ID), "user_id": null(e.Object.UserID),
+		"status": "dead", "attempts": r.Attempts, "received_at": e.ReceivedAt.UTC(), "processed_at": msg.Time.UTC(), "error": null(r.Error),
+		"reason": null(string(r.Reason)), "stream_seq": int64(r.Sequence), "fingerprint": Fingerprint(r.Handler, r.Reason, r.Error), //nolint:gosec // a sequence stays far below 2^63
+		"letter_seq": int64(h.seq), "replay_id": null(e.ReplayID), "next_attempt_at": nil, "first_failed_at": nil, //nolint:gosec // as above
+	}
+	if !r.FirstFailedAt.IsZero() {
+		values["first_failed_at"] = r.FirstFailedAt.UTC()
+	}
+	if !r.LastFailedAt.IsZero() {
+		values["processed_at"] = r.LastFailedAt.UTC()
+	}
+	db := s.db.WithContext(ctx)
+	if exists {
+		result := db.Table("deliveries").Where("handler = ? AND event_id = ? AND status = ? AND COALESCE(stream_seq, 0) = ? AND COALESCE(letter_seq, 0) = ?",
+			row.Handler, row.EventID, row.Status, int64(row.StreamSeq), int64(row.LetterSeq)).Updates(values) //nolint:gosec // as above
+		if result.Error != nil {
+			return 0, fmt.Errorf("index dead letter %d: %w", h.seq, result.Error)
+		}
+		return int(result.RowsAffected), nil
+	}
+	values["handler"], values["event_id"] = r.Handler, e.ID
+	result := db.Table("deliveries").Clauses(clause.OnConflict{DoNothing: true}).Create(values)
+	if result.Error != nil {
+		return 0, fmt.Errorf("index dead letter %d: %w", h.seq, result.Error)
+	}
+	return int(result.RowsAffected), nil
+}
+
+func null(s string) any {
+	if s == "" {
+		return nil
+	}
+	return s
+}

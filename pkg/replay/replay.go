@@ -1,0 +1,289 @@
+// Package replay gives events to one handler again, at a rate, and watches what becomes of them.
+//
+// Every replay has an id, which is also its publish id: publishing it twice stores it once, and where the broker has
+// forgotten it, the delivery log knows it. So a run may be broken off and repeated at any point. A run never gets far ahead of the
+// handler, and stops where too many of its events fail again. The package does not choose events and does not touch dead letters.
+package replay
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+	"golang.org/x/time/rate"
+	"gorm.io/gorm"
+
+	"github.com/usherhq/usher/pkg/event"
+	"github.com/usherhq/usher/pkg/stream"
+)
+
+// kept are the headers that an event has from its first delivery on; a replay carries them again. Others, such as those that
+// make a dead letter, or the broker's own, it does not.
+var kept = []string{
+	stream.HeaderEventID, stream.HeaderType, stream.HeaderSource, stream.HeaderReceivedAt, stream.HeaderTraceParent, stream.HeaderReplayEffects,
+}
+
+// Item is one event for one handler.
+type Item struct {
+	Handler string
+	EventID string
+	ID      string // of the replay: the same for every attempt at it, and never that of another
+	Message *nats.Msg
+}
+
+// NewItem makes the replay of a stored message (of [stream.Events] or [stream.DeadLetters]).
+func NewItem(handler, id string, stored *jetstream.RawStreamMsg) Item {
+	e, _ := stream.Parse(stored.Header, stored.Data, stored.Sequence) // what cannot be decoded may be by a newer worker
+	msg := nats.NewMsg(stream.ReplaySubject(handler, &e))
+	msg.Data = stored.Data
+	for key, values := range maps.All(stored.Header) {
+		if slices.ContainsFunc(kept, func(k string) bool { return strings.EqualFold(k, key) }) {
+			msg.Header[key] = values
+		}
+	}
+	msg.Header.Set(stream.HeaderEventID, e.ID) // a message published by hand may have none
+	msg.Header.Set(stream.HeaderOrigin, string(event.OriginReplay))
+	msg.Header.Set(stream.HeaderReplayID, id)
+	msg.Header.Set(stream.HeaderMsgID, id)
+	return Item{Handler: handler, EventID: e.ID, ID: id, Message: msg}
+}
+
+// WithEffects asks the handler for its effects on the outside as well.
+func (i Item) WithEffects() Item {
+	i.Message.Header.Set(stream.HeaderReplayEffects, "true")
+	return i
+}
+
+// Options say how a run behaves. A zero field means its default.
+type Options struct {
+	// Rate is how many events a second are published at most (no limit).
+	Rate float64
+	// StopAt is the share of events failing again above which the run stops (0.05). At 1 nothing is watched: the run
+	// goes as fast as the broker takes it and knows nothing of outcomes.
+	StopAt float64
+	// MinSample is how many outcomes must be known before StopAt counts (20).
+	MinSample int
+	// Patience is how long the run waits without a new outcome (30 s).
+	Patience time.Duration
+	// Progress is called after every step, from the run's goroutine.
+	Progress func(Progress)
+}
+
+// Progress is how far a run has come.
+type Progress struct {
+	Published int // stored by the broker, now or at an earlier attempt
+	Applied   int // of these, known to be applied
+	Failed    int // of these, known to have failed again
+}
+
+// Why a run stops before its end. What it published stays published.
+var (
+	ErrFailing = errors.New("too many fail again")
+	ErrStalled = errors.New("the handler does not get on")
+)
+
+// Sizes of a run: how many events are published before the acks are awaited, and how many may be without an outcome. The second
+// doubles from its first to its last value while all goes well, so that an error which is still there costs little.
+const (
+	maxWindow   = 500
+	firstAhead  = 100
+	lastAhead   = 4000
+	pollEvery   = 50 * time.Millisecond
+	pollSlowest = time.Second
+)
+
+// Run publishes items and watches them. It is for one goroutine.
+type Run struct {
+	js      jetstream.JetStream
+	db      *gorm.DB
+	opts    Options
+	limiter *rate.Limiter
+
+	progress Progress
+	ahead    int            // how many may be open
+	open     map[key]string // published and without an outcome: the replay's id
+	moved    time.Time      // when the last outcome was seen, or the last event published
+}
+
+type key struct{ handler, event string }
+
+// New prepares a run; it publishes nothing.
+func New(js jetstream.JetStream, db *gorm.DB, o Options) *Run {
+	limit := rate.Inf
+	if o.Rate > 0 {
+		limit = rate.Limit(o.Rate)
+	}
+	if o.StopAt == 0 {
+		o.StopAt = 0.05
+	}
+	if o.MinSample == 0 {
+		o.MinSample = 20
+	}
+	if o.Patience == 0 {
+		o.Patience = 30 * time.Second
+	}
+	return &Run{js: js, db: db, opts: o, limiter: rate.NewLimiter(limit, 1), ahead: firstAhead, open: map[key]string{}, moved: time.Now()}
+}
+
+// Progress is how far the run has come.
+func (r *Run) Progress() Progress { return r.progress }
+
+// watching tells whether outcomes matter.
+func (r *Run) watching() bool { return r.opts.StopAt < 1 }
+
+// Window is how many items the next call of Publish should have: with a low rate few, so that what was published is settled by
+// the caller within a second or so.
+func (r *Run) Window() int {
+	n := maxWindow
+	if r.watching() {
+		n = min(n, r.ahead/2)
+	}
+	if r.opts.Rate > 0 {
+		n = min(n, max(1, int(r.opts.Rate)))
+	}
+	return n
+}
+
+// Publish publishes a window of items and returns those that the broker has stored. The error is about the others: whether they are
+// stored is not known, and publishing them again is harmless.
+func (r *Run) Publish(ctx context.Context, items []Item) ([]Item, error) {
+	var first error
+	futures := make([]jetstream.PubAckFuture, 0, len(items))
+	for _, item := range items {
+		if first = r.limiter.Wait(ctx); first != nil {
+			break
+		}
+		future, err := r.js.PublishMsgAsync(item.Message)
+		if err != nil {
+			first = fmt.Errorf("replay %s: %w", item.EventID, err)
+			break
+		}
+		futures = append(futures, future)
+	}
+	// Acks come in order or time out together, so that waiting for one after the other costs nothing. An interrupted run waits as
+	// well: what is stored is better known.
+	stored := make([]Item, 0, len(futures))
+	for i, future := range futures {
+		select {
+		case <-future.Ok():
+			stored = append(stored, items[i])
+		case err := <-future.Err():
+			if first == nil {
+				first = fmt.Errorf("replay %s: %w", items[i].EventID, err)
+			}
+		}
+	}
+	for _, item := range stored {
+		if r.watching() {
+			r.open[key{item.Handler, item.EventID}] = item.ID
+		}
+	}
+	r.progress.Published += len(stored)
+	r.moved = time.Now()
+	r.report()
+	return stored, first
+}
+
+func (r *Run) report() {
+	if r.opts.Progress != nil {
+		r.opts.Progress(r.progress)
+	}
+}
+
+// Wait returns when the next window may be published. The error is ErrFailing or ErrStalled, or about the database or the context.
+func (r *Run) Wait(ctx context.Context) error {
+	return r.await(ctx, func() (bool, error) {
+		known := r.progress.Applied + r.progress.Failed
+		if known >= r.opts.MinSample && float64(r.progress.Failed) > r.opts.StopAt*float64(known) {
+			return true, fmt.Errorf("%w: %d of %d", ErrFailing, r.progress.Failed, known)
+		}
+		return len(r.open)+r.Window() <= r.ahead, nil
+	})
+}
+
+// Finish waits for the outcomes of what was published. One that does not come is no error here: its event is in the
+// stream, and the handler will come to it.
+func (r *Run) Finish(ctx context.Context) error {
+	err := r.await(ctx, func() (bool, error) { return len(r.open) == 0, nil })
+	if errors.Is(err, ErrStalled) {
+		return nil
+	}
+	return err
+}
+
+func (r *Run) await(ctx context.Context, enough func() (bool, error)) error {
+	if !r.watching() {
+		return ctx.Err() //nolint:wrapcheck // the context's own
+	}
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for pause := pollEvery; ; {
+		select {
+		case <-ctx.Done():
+			return ctx.Err() //nolint:wrapcheck // the context's own
+		case <-timer.C:
+		}
+		seen, err := r.look(ctx)
+		if err != nil {
+			return err
+		}
+		pause = min(2*pause, pollSlowest)
+		if seen > 0 {
+			pause, r.moved = pollEvery, time.Now()
+			r.report()
+		}
+		if ok, err := enough(); ok || err != nil {
+			return err
+		}
+		if time.Since(r.moved) > r.opts.Patience {
+			return fmt.Errorf("%w: no outcome within %s; is a worker running, and has it a backlog?", ErrStalled, r.opts.Patience)
+		}
+		timer.Reset(pause)
+	}
+}
+
+// look finds outcomes and returns how many are new.
+func (r *Run) look(ctx context.Context) (int, error) {
+	byHandler := map[string][]string{}
+	for k := range r.open {
+		byHandler[k.handler] = append(byHandler[k.handler], k.event)
+	}
+	before := len(r.open)
+	for handler, ids := range byHandler {
+		for part := range slices.Chunk(ids, maxWindow) {
+			var rows []struct {
+				EventID, Status string
+				Attempts        int
+				ReplayID        *string
+			}
+			err := r.db.WithContext(ctx).Table("deliveries").Where("handler = ? AND event_id IN ?", handler, part).
+				Select("event_id, status, attempts, replay_id").Find(&rows).Error
+			if err != nil {
+				return 0, fmt.Errorf("look what became of replays: %w", err)
+			}
+			for _, row := range rows {
+				k := key{handler, row.EventID}
+				switch {
+				case row.ReplayID == nil || *row.ReplayID != r.open[k]: // not this replay's doing, so far
+				case row.Status == "processed":
+					r.progress.Applied++
+					delete(r.open, k)
+				case row.Attempts > 0: // it failed once, at least; the schedule of its retries may last for hours
+					r.progress.Failed++
+					delete(r.open, k)
+				}
+			}
+		}
+	}
+	seen := before - len(r.open)
+	if seen > 0 && r.progress.Failed == 0 {
+		r.ahead = min(lastAhead, r.ahead+seen)
+	}
+	return seen, nil
+}
