@@ -55,3 +55,8 @@ func Reason(err error) deadletter.Reason { return reasonOf(err) }
 
 // IsOutage tells whether an error of [Try] is the infrastructure's and says nothing about the event.
 func IsOutage(err error) bool { return isOutage(err) }
+
+// WrongInstance is the error of an event of another Clerk instance than the configured one.
+func WrongInstance(have, want string) error {
+	return fmt.Errorf("%w: %s, want %s", errWrongInstance, have, want)
+}

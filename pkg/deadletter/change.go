@@ -116,8 +116,8 @@ func replayID(seq uint64, at time.Time) string {
 	return "replay:" + strconv.FormatUint(seq, 10) + ":" + strconv.FormatInt(at.UnixMicro(), 36)
 }
 
-// readAll reads the letters of a page. Entries whose letter is gone are left out.
-func readAll(ctx context.Context, dlq jetstream.Stream, entries []Entry) ([]replay.Item, []held, error) {
+// readPage reads the letters of a page; nil where one is gone.
+func readPage(ctx context.Context, dlq jetstream.Stream, entries []Entry) ([]*jetstream.RawStreamMsg, error) {
 	messages := make([]*jetstream.RawStreamMsg, len(entries))
 	group, groupCtx := errgroup.WithContext(ctx)
 	group.SetLimit(parallel)
@@ -132,7 +132,16 @@ func readAll(ctx context.Context, dlq jetstream.Stream, entries []Entry) ([]repl
 		})
 	}
 	if err := group.Wait(); err != nil {
-		return nil, nil, err //nolint:wrapcheck // read says it
+		return nil, err //nolint:wrapcheck // read says it
+	}
+	return messages, nil
+}
+
+// readAll reads the letters of a page and makes their replays. Entries whose letter is gone are left out.
+func readAll(ctx context.Context, dlq jetstream.Stream, entries []Entry) ([]replay.Item, []held, error) {
+	messages, err := readPage(ctx, dlq, entries)
+	if err != nil {
+		return nil, nil, err
 	}
 	items, found := make([]replay.Item, 0, len(entries)), make([]held, 0, len(entries))
 	for i, msg := range messages {

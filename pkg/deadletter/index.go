@@ -46,10 +46,7 @@ type Filter struct {
 	through uint64
 }
 
-// isEmpty tells whether the filter selects everything.
-func (f Filter) isEmpty() bool { return f.String() == "" }
-
-// String is the filter as flags say it.
+// String is the filter as flags say it, empty where it selects everything.
 func (f Filter) String() string {
 	var parts []string
 	for _, id := range f.IDs {

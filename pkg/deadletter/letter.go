@@ -94,3 +94,37 @@ func parseTime(text string) time.Time {
 	}
 	return at
 }
+
+// Each calls fn for every dead letter that f selects and was there when it began, the oldest event first, with its letter, which is
+// nil where it is gone. It holds a page of letters at a time. An error of fn ends it.
+func Each(ctx context.Context, js jetstream.JetStream, db *gorm.DB, f Filter, fn func(Entry, *Record) error) error {
+	dlq, err := open(ctx, js)
+	if err != nil {
+		return err
+	}
+	var n int
+	if n, f.through, err = total(ctx, db, f); err != nil || n == 0 {
+		return err
+	}
+	for at := (place{}); ; {
+		entries, err := after(ctx, db, f, at, page)
+		if err != nil || len(entries) == 0 {
+			return err
+		}
+		at = entries[len(entries)-1].place()
+		messages, err := readPage(ctx, dlq, entries)
+		if err != nil {
+			return err
+		}
+		for i, msg := range messages {
+			var record *Record
+			if msg != nil {
+				r := parse(msg)
+				record = &r
+			}
+			if err := fn(entries[i], record); err != nil {
+				return err
+			}
+		}
+	}
+}

@@ -1,0 +1,306 @@
+package command
+
+import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/spf13/cobra"
+	"gorm.io/gorm"
+
+	"github.com/usherhq/usher/pkg/audit"
+	"github.com/usherhq/usher/pkg/replay"
+	"github.com/usherhq/usher/pkg/stream"
+	"github.com/usherhq/usher/worker"
+)
+
+type replayFlags struct {
+	bulk
+	since       since
+	from        uint64
+	events      []string
+	user        string
+	source      string
+	typ         typePattern
+	handler     string
+	withEffects bool
+	resume      string
+}
+
+func (c *cli) replay() *cobra.Command {
+	var o replayFlags
+	cmd := &cobra.Command{
+		Use:   "replay",
+		Short: "Give events to handlers again, also those that were applied",
+		Long: "replay takes events from the stream and gives them to every handler that wants them, or to the one named with --handler, as\n" +
+			"deliberate replays: a handler applies again what it had applied.\n\n" +
+			"The mirror applies by its version rule: a row that is missing comes back, and a newer row stays as it is. A row that was changed by\n" +
+			"hand and still carries the event's version is not newer and not older, so it stays as well; `usher verify` finds those. Mails and\n" +
+			"other effects on the outside are not sent again, unless --with-effects.\n\n" +
+			"An interrupted run goes on with --resume RUN and the same selectors: what it published before is not applied twice." + bulkHelp +
+			"\nExit code 1: some failed, or it stopped.",
+		Example: "  usher replay --since 24h --type 'user.*' --handler mirror\n  usher replay --event msg_2g7np7Hrk0SN6kj5EDMLDaKNL0S\n  usher replay --all --rate 200 --yes",
+		Args:    cobra.NoArgs,
+		RunE:    func(cmd *cobra.Command, _ []string) error { return c.replayEvents(cmd.Context(), &o) },
+	}
+	f := cmd.Flags()
+	f.Var(&o.since, "since", "events stored since then")
+	f.Uint64Var(&o.from, "from-seq", 0, "events from this stream sequence on")
+	f.StringArrayVar(&o.events, "event", nil, "this event `ID`; may be repeated")
+	f.StringVar(&o.user, "user", "", "only events about this user `ID`")
+	f.StringVar(&o.source, "source", "", "only events of this source")
+	f.Var(&o.typ, "type", "only events of these types: user.created, 'user.*', '*.deleted'")
+	f.StringVar(&o.handler, "handler", "", "only for this handler (default: every handler)")
+	f.BoolVar(&o.withEffects, "with-effects", false, "let handlers send mails and other effects again")
+	f.StringVar(&o.resume, "resume", "", "go on with this `RUN`")
+	o.addFlags(cmd)
+	o.addReplayFlags(cmd)
+	return cmd
+}
+
+// selector is what was asked for, as the flags say it, but for the place in the stream, which the run's id holds.
+func (o *replayFlags) selector() string {
+	var parts []string
+	for _, id := range o.events {
+		parts = append(parts, "--event "+id)
+	}
+	for _, flag := range []struct{ name, value string }{{"user", o.user}, {"source", o.source}, {"type", o.typ.String()}, {"handler", o.handler}} {
+		if flag.value != "" {
+			parts = append(parts, "--"+flag.name+" "+flag.value)
+		}
+	}
+	if o.withEffects {
+		parts = append(parts, "--with-effects")
+	}
+	return strings.Join(parts, " ")
+}
+
+// text is the selector with the place in the stream.
+func (o *replayFlags) text() string {
+	text := o.selector()
+	if at := o.since.String(); at != "" {
+		text += " --since " + at
+	}
+	if o.from > 0 {
+		text += " --from-seq " + strconv.FormatUint(o.from, 10)
+	}
+	if o.resume != "" {
+		text += " --resume " + o.resume
+	}
+	return strings.TrimSpace(text)
+}
+
+func (o *replayFlags) check() error {
+	place := !o.since.at.IsZero() || o.from > 0
+	switch {
+	case len(o.events) > 0 && (place || o.user != "" || o.source != "" || o.typ.String() != ""):
+		return errors.New("--event names events; --since, --from-seq, --user, --source and --type choose among all: give the one or the others")
+	case !o.since.at.IsZero() && o.from > 0:
+		return errors.New("--since and --from-seq: give one of the two")
+	case o.resume != "" && place:
+		return errors.New("--resume: the run knows where it began; leave out --since and --from-seq")
+	case o.resume != "" && o.all: // as it was begun
+		return nil
+	}
+	narrow := place || o.resume != "" || len(o.events) > 0 || o.user != "" || o.source != "" || o.typ.String() != ""
+	return o.bulk.check(narrow || o.handler != "" && !o.all) // --all --handler is as good as --handler
+}
+
+// handlers are those that are meant.
+func (o *replayFlags) handlers() ([]stream.HandlerSpec, error) {
+	specs := worker.Specs()
+	if o.handler == "" {
+		return specs, nil
+	}
+	var names []string
+	for _, s := range specs {
+		if s.Name == o.handler {
+			return []stream.HandlerSpec{s}, nil
+		}
+		names = append(names, s.Name)
+	}
+	return nil, fmt.Errorf("--handler %q: there is no such handler; want one of %s", o.handler, strings.Join(names, ", "))
+}
+
+// A run's id holds what a repetition must know: where it began and ended, and by which selectors.
+type runID struct {
+	from, last uint64
+	nonce      string
+	selectors  string
+}
+
+func (id runID) String() string {
+	return fmt.Sprintf("%d-%d-%s-%s", id.from, id.last, id.nonce, id.selectors)
+}
+
+func parseRunID(text string) (runID, error) {
+	parts := strings.Split(text, "-")
+	if len(parts) != 4 {
+		return runID{}, fmt.Errorf("--resume: %q is not the id of a run", text)
+	}
+	from, err1 := strconv.ParseUint(parts[0], 10, 64)
+	last, err2 := strconv.ParseUint(parts[1], 10, 64)
+	if err1 != nil || err2 != nil {
+		return runID{}, fmt.Errorf("--resume: %q is not the id of a run", text)
+	}
+	return runID{from, last, parts[2], parts[3]}, nil
+}
+
+func (o *replayFlags) newRunID(ctx context.Context, s jetstream.Stream) (runID, error) {
+	sum := sha256.Sum256([]byte(o.selector()))
+	selectors := hex.EncodeToString(sum[:3])
+	if o.resume != "" {
+		id, err := parseRunID(o.resume)
+		if err == nil && id.selectors != selectors {
+			err = fmt.Errorf("--resume: run %s was begun with other selectors; repeat the command as it was, without --since and --from-seq", o.resume)
+		}
+		return id, err
+	}
+	state := s.CachedInfo().State
+	id := runID{max(o.from, state.FirstSeq, 1), state.LastSeq, strings.ToLower(rand.Text()[:8]), selectors}
+	if !o.since.at.IsZero() {
+		var err error
+		if id.from, err = replay.FirstAt(ctx, s, o.since.at); err != nil {
+			return id, err
+		}
+	}
+	return id, nil
+}
+
+func (c *cli) replayEvents(ctx context.Context, o *replayFlags) error {
+	if err := o.check(); err != nil {
+		return err
+	}
+	handlers, err := o.handlers()
+	if err != nil {
+		return err
+	}
+	r, err := c.reach()
+	if err != nil {
+		return err
+	}
+	defer r.close()
+	db, err := r.database(ctx)
+	if err != nil {
+		return err
+	}
+	js, err := r.broker()
+	if err != nil {
+		return err
+	}
+	s, err := js.Stream(ctx, stream.Events)
+	if errors.Is(err, jetstream.ErrStreamNotFound) {
+		return stream.ErrSetup
+	}
+	if err != nil {
+		return fmt.Errorf("look up stream %s: %w", stream.Events, err)
+	}
+	id, err := o.newRunID(ctx, s)
+	if err != nil {
+		return err
+	}
+	selections := make([]replay.Selection, len(handlers))
+	result := &bulkResult{DryRun: o.dryRun}
+	var places []replay.Place
+	if len(o.events) > 0 {
+		if places, result.Gone, err = findPlaces(ctx, db, o.events); err != nil {
+			return err
+		}
+		if result.Gone > 0 {
+			c.say("%s not known to the delivery log.", count(result.Gone, "event"))
+		}
+		result.Gone *= len(handlers)
+	}
+	for i, h := range handlers {
+		selections[i] = replay.Selection{
+			Handler: h.Name, Subjects: replay.Subjects(h, o.typ.subject(o.source, o.user)), From: id.from, Last: id.last,
+			RunID: id.String(), WithEffects: o.withEffects,
+		}
+		n := len(places)
+		if len(o.events) == 0 {
+			if n, err = replay.Count(ctx, js, selections[i]); err != nil {
+				return err
+			}
+		}
+		c.say("%s for handler %s selected.", count(n, "event"), h.Name)
+		result.Selected += n
+	}
+	result.Failed = result.Gone
+	switch {
+	case result.Selected == 0 || o.dryRun:
+		var text []string
+		if o.dryRun {
+			text = []string{"would replay " + count(result.Selected, "event")}
+		}
+		return cmp.Or(c.printResult(o.output, result, text), result.answer())
+	}
+	question := fmt.Sprintf("Replay %s?", count(result.Selected, "event"))
+	if o.withEffects {
+		question = fmt.Sprintf("Replay %s, with mails and other effects?", count(result.Selected, "event"))
+	}
+	if err := c.confirm(ctx, &o.bulk, question); err != nil {
+		return err
+	}
+	result.Run = id.String()
+	log, err := c.begin(ctx, db, &o.bulk, audit.ReplayEvents, strings.TrimSpace(o.text()+" (run "+result.Run+")"))
+	if err != nil {
+		return err
+	}
+	bar := c.progress(result.Selected, "replaying")
+	options := o.replayOptions()
+	options.Progress = func(p replay.Progress) { _ = bar.Set(p.Published) }
+	run := replay.New(js, db, options)
+	for _, sel := range selections {
+		if len(o.events) > 0 {
+			var gone int
+			gone, err = run.Each(ctx, s, sel, places)
+			result.Gone += gone
+		} else {
+			err = run.Events(ctx, s, sel)
+		}
+		if err != nil {
+			break
+		}
+	}
+	if err == nil {
+		err = run.Finish(ctx)
+	}
+	_ = bar.Finish()
+	p := run.Progress()
+	result.Replayed, result.Applied, result.Failed = p.Published, p.Applied, p.Failed+result.Gone
+	if errors.Is(err, replay.ErrFailing) || errors.Is(err, replay.ErrStalled) {
+		result.Stopped, err = err.Error(), nil
+	}
+	result.Stopped = detail(ctx, result.Stopped, err)
+	c.end(ctx, log, result.Replayed, result.Failed, result.Stopped)
+	if result.Stopped != "" {
+		c.say("To go on: the same command with --resume %s (without --since and --from-seq)", result.Run)
+	}
+	if printErr := c.printResult(o.output, result, replayText(result)); printErr != nil && err == nil {
+		err = printErr
+	}
+	if err != nil {
+		return err
+	}
+	return result.answer()
+}
+
+// findPlaces finds where events lie in the stream, by the delivery log, and how many it does not know.
+func findPlaces(ctx context.Context, db *gorm.DB, ids []string) (places []replay.Place, unknown int, err error) {
+	slices.Sort(ids)
+	ids = slices.Compact(ids)
+	err = db.WithContext(ctx).Table("deliveries").Where("handler IN (?) AND event_id IN ?", handlers(db.WithContext(ctx)), ids).
+		Select("event_id, max(stream_seq) AS seq").Group("event_id").Order("event_id").Find(&places).Error
+	if err != nil {
+		return nil, 0, fmt.Errorf("find events: %w", err)
+	}
+	return places, len(ids) - len(places), nil
+}

@@ -1,0 +1,224 @@
+package replay
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sort"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/usherhq/usher/pkg/stream"
+)
+
+// Selection is a part of [stream.Events] for one handler.
+type Selection struct {
+	Handler     string
+	Subjects    []string // of the events, as consumers filter them; they must not overlap
+	From, Last  uint64   // sequences, both inclusive
+	RunID       string   // names the run: a repetition with the same id publishes nothing twice
+	WithEffects bool
+}
+
+// Subjects are the events that both a handler and a filter such as "clerk.evt.*.user.*.*" want; none where there are none.
+func Subjects(h stream.HandlerSpec, filter string) []string {
+	wanted := []string{"clerk.evt.>"}
+	if len(h.Filters) > 0 {
+		wanted = nil
+		for _, f := range h.Filters {
+			wanted = append(wanted, "clerk.evt.*."+f)
+		}
+	}
+	var both []string
+	for _, w := range wanted {
+		if s, ok := intersect(w, filter); ok {
+			both = append(both, s)
+		}
+	}
+	return both
+}
+
+// intersect is the filter of subjects that match both filters.
+func intersect(a, b string) (string, bool) {
+	as, bs := strings.Split(a, "."), strings.Split(b, ".")
+	var both []string
+	for i := 0; ; i++ {
+		switch {
+		case i == len(as) && i == len(bs):
+			return strings.Join(both, "."), true
+		case i < len(as) && as[i] == ">" && i < len(bs):
+			return strings.Join(append(both, bs[i:]...), "."), true
+		case i < len(bs) && bs[i] == ">" && i < len(as):
+			return strings.Join(append(both, as[i:]...), "."), true
+		case i == len(as) || i == len(bs):
+			return "", false
+		case as[i] == "*":
+			both = append(both, bs[i])
+		case bs[i] == "*" || as[i] == bs[i]:
+			both = append(both, as[i])
+		default:
+			return "", false
+		}
+	}
+}
+
+// FirstAt is the sequence of the first event that was stored at or after a time; one past the last where there is none.
+func FirstAt(ctx context.Context, s jetstream.Stream, at time.Time) (uint64, error) {
+	info, err := s.Info(ctx)
+	if err != nil {
+		return 0, fmt.Errorf("look up stream %s: %w", stream.Events, err)
+	}
+	first, last := info.State.FirstSeq, info.State.LastSeq
+	if info.State.Msgs == 0 {
+		return last + 1, nil
+	}
+	// Times only grow, so halving finds it in some twenty reads.
+	n := sort.Search(int(last-first+1), func(i int) bool { //nolint:gosec // a sequence stays far below 2^63
+		if err != nil {
+			return true
+		}
+		var msg *jetstream.RawStreamMsg
+		msg, err = s.GetMsg(ctx, first+uint64(i), jetstream.WithGetMsgSubject(">")) //nolint:gosec // not negative
+		if errors.Is(err, jetstream.ErrMsgNotFound) {
+			err = nil
+			return true
+		}
+		return err != nil || !msg.Time.Before(at)
+	})
+	if err != nil {
+		return 0, fmt.Errorf("find the first event after %s: %w", at.Format(time.RFC3339), err)
+	}
+	return first + uint64(n), nil //nolint:gosec // not negative
+}
+
+// Count is how many events a selection has (and those that are stored behind its Last until now). It asks the broker, which
+// knows without reading them.
+func Count(ctx context.Context, js jetstream.JetStream, sel Selection) (int, error) {
+	if len(sel.Subjects) == 0 || sel.From > sel.Last {
+		return 0, nil
+	}
+	consumer, err := js.CreateConsumer(ctx, stream.Events, jetstream.ConsumerConfig{
+		FilterSubjects: sel.Subjects, DeliverPolicy: jetstream.DeliverByStartSequencePolicy, OptStartSeq: max(sel.From, 1),
+		AckPolicy: jetstream.AckNonePolicy, InactiveThreshold: 10 * time.Second, MemoryStorage: true, Replicas: 1,
+	})
+	if err != nil {
+		return 0, fmt.Errorf("count events: %w", err)
+	}
+	info := consumer.CachedInfo()
+	_ = js.DeleteConsumer(ctx, stream.Events, info.Name) // or it goes by itself
+	return int(info.NumPending), nil                     //nolint:gosec // fits
+}
+
+// EventID is the id of the replay of one event in a run.
+func (s Selection) EventID(seq uint64) string {
+	return fmt.Sprintf("run:%s:%s:%d", s.RunID, s.Handler, seq)
+}
+
+// Events publishes a selection, in the order of the stream, with a window of events in memory. It may be broken off and repeated with
+// the same selection.
+func (r *Run) Events(ctx context.Context, s jetstream.Stream, sel Selection) error {
+	next := make([]*jetstream.RawStreamMsg, len(sel.Subjects)) // of each subject, the first that was not taken
+	at := make([]uint64, len(sel.Subjects))                    // where each goes on
+	for i := range at {
+		at[i] = max(sel.From, 1)
+	}
+	for {
+		if err := r.Wait(ctx); err != nil {
+			return err
+		}
+		window := r.Window()
+		items := make([]Item, 0, window)
+		for len(items) < window {
+			msg, err := take(ctx, s, sel, next, at)
+			if err != nil {
+				return err
+			}
+			if msg == nil {
+				break
+			}
+			items = append(items, sel.item(msg))
+		}
+		if len(items) == 0 {
+			return nil
+		}
+		if _, err := r.Publish(ctx, items); err != nil {
+			return err
+		}
+	}
+}
+
+func (s Selection) item(msg *jetstream.RawStreamMsg) Item {
+	item := NewItem(s.Handler, s.EventID(msg.Sequence), msg)
+	item.Message.Header.Del(stream.HeaderReplayEffects) // this run's wish counts, not that of the message
+	if s.WithEffects {
+		item = item.WithEffects()
+	}
+	return item
+}
+
+// take returns the next event of a selection, nil at its end.
+func take(ctx context.Context, s jetstream.Stream, sel Selection, next []*jetstream.RawStreamMsg, at []uint64) (*jetstream.RawStreamMsg, error) {
+	first := -1
+	for i, subject := range sel.Subjects {
+		if next[i] == nil && at[i] <= sel.Last {
+			msg, err := s.GetMsg(ctx, at[i], jetstream.WithGetMsgSubject(subject))
+			switch {
+			case errors.Is(err, jetstream.ErrMsgNotFound):
+				at[i] = sel.Last + 1
+			case err != nil:
+				return nil, fmt.Errorf("read event %d: %w", at[i], err)
+			default:
+				next[i], at[i] = msg, msg.Sequence+1
+			}
+		}
+		if next[i] != nil && next[i].Sequence <= sel.Last && (first < 0 || next[i].Sequence < next[first].Sequence) {
+			first = i
+		}
+	}
+	if first < 0 {
+		return nil, nil //nolint:nilnil // the end
+	}
+	msg := next[first]
+	next[first] = nil
+	return msg, nil
+}
+
+// Place is where an event lies in the stream.
+type Place struct {
+	EventID string
+	Seq     uint64
+}
+
+// Each publishes single events; those that are not kept any more are counted.
+func (r *Run) Each(ctx context.Context, s jetstream.Stream, sel Selection, places []Place) (gone int, err error) {
+	for len(places) > 0 {
+		if err := r.Wait(ctx); err != nil {
+			return gone, err
+		}
+		n := min(r.Window(), len(places))
+		items := make([]Item, 0, n)
+		for _, place := range places[:n] {
+			msg, err := s.GetMsg(ctx, place.Seq)
+			if errors.Is(err, jetstream.ErrMsgNotFound) {
+				gone++
+				continue
+			}
+			if err != nil {
+				return gone, fmt.Errorf("read event %s: %w", place.EventID, err)
+			}
+			item := sel.item(msg)
+			if item.EventID != place.EventID { // a stream that was made anew
+				gone++
+				continue
+			}
+			items = append(items, item)
+		}
+		if _, err := r.Publish(ctx, items); err != nil {
+			return gone, err
+		}
+		places = places[n:]
+	}
+	return gone, nil
+}
