@@ -26,7 +26,7 @@ type Config struct {
 	Handlers []Registration
 	// BatchSize bounds the events of one transaction (500).
 	BatchSize int
-	// Concurrency is how many batches of one handler are worked on at once (1).
+	// Concurrency is how many batches of one handler are worked on at once (2 on PostgreSQL; 1 on SQLite, which has one writer).
 	Concurrency int
 	// Attempts is how often an event's own error is tried before it is dead-lettered (10).
 	Attempts int
@@ -55,7 +55,6 @@ func (c Config) withDefaults() Config {
 		c.Handlers = Handlers()
 	}
 	setDefault(&c.BatchSize, 500)
-	setDefault(&c.Concurrency, 1)
 	setDefault(&c.Attempts, 10)
 	setDefault(&c.RetryInitial, time.Second)
 	setDefault(&c.RetryMax, 10*time.Minute)
@@ -79,8 +78,8 @@ func (c Config) Validate() error {
 	switch {
 	case c.BatchSize < 1:
 		return errors.New("BatchSize must be at least 1")
-	case c.Concurrency < 1:
-		return errors.New("Concurrency must be at least 1")
+	case c.Concurrency < 0:
+		return errors.New("Concurrency must not be below 0")
 	case c.Attempts < 1:
 		return errors.New("Attempts must be at least 1")
 	case c.HandleTimeout <= 0 || c.HandleTimeout >= stream.AckWait:
