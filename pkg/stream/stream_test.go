@@ -95,7 +95,7 @@ func TestTopology(t *testing.T) {
 	t.Parallel()
 	handlers := []stream.HandlerSpec{{Name: "mirror"}, {Name: "onboarding", Filters: []string{"user.>"}}, {Name: "fraud", Filters: []string{"session.>", "user.deleted.>"}}}
 	want := stream.Topology{Replicas: 1, MaxBytes: 1 << 30, Handlers: handlers}
-	all := []string{"stream CLERK_EVENTS", "stream CLERK_DLQ", "consumer mirror", "consumer onboarding", "consumer fraud"}
+	all := []string{"stream CLERK_EVENTS", "stream CLERK_DLQ", "bucket CLERK_LEASES", "consumer mirror", "consumer onboarding", "consumer fraud"}
 	setup := func(t *testing.T) (jetstream.JetStream, func() []string) {
 		t.Helper()
 		server := natstest.New(t)
@@ -112,7 +112,7 @@ func TestTopology(t *testing.T) {
 				if err != nil {
 					return writes
 				}
-				if !strings.Contains(m.Subject, ".INFO.") && !strings.Contains(m.Subject, ".LIST.") && !strings.Contains(m.Subject, ".NAMES") {
+				if !strings.Contains(m.Subject+".", ".INFO.") && !strings.Contains(m.Subject, ".LIST.") && !strings.Contains(m.Subject, ".NAMES") {
 					writes = append(writes, m.Subject)
 				}
 			}

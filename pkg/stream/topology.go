@@ -12,6 +12,10 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
+// Leases is the key-value bucket whose keys say which process may do what only one may do at a time. A key
+// has a time to live of its own, so that a dead process gives way.
+const Leases = "CLERK_LEASES"
+
 // DedupeWindow is how long the stream remembers an event id. Svix tries for about 28 hours and a
 // manual replay may come days later; past the window the inbox decides.
 const DedupeWindow = 72 * time.Hour
@@ -69,6 +73,15 @@ func (t Topology) Streams() []jetstream.StreamConfig {
 			Duplicates:  DedupeWindow,
 			AllowDirect: true,
 		},
+	}
+}
+
+// leases returns the wanted configuration of the bucket [Leases].
+func (t Topology) leases() jetstream.KeyValueConfig {
+	return jetstream.KeyValueConfig{
+		Bucket: Leases, Description: "Usher: who may do what only one may do", History: 1, MaxBytes: 1 << 20,
+		Storage: jetstream.FileStorage, Replicas: t.Replicas,
+		LimitMarkerTTL: time.Second, // what makes a key's own time to live possible
 	}
 }
 
@@ -145,6 +158,19 @@ func (t Topology) walk(ctx context.Context, js jetstream.JetStream, create bool)
 			plan.Present = append(plan.Present, name)
 			plan.Differences = append(plan.Differences, compare(name, s.CachedInfo().Config, want)...)
 		}
+	}
+	switch _, err := js.KeyValue(ctx, Leases); {
+	case errors.Is(err, jetstream.ErrBucketNotFound):
+		plan.Missing = append(plan.Missing, "bucket "+Leases)
+		if create {
+			if _, err := js.CreateKeyValue(ctx, t.leases()); err != nil && !errors.Is(err, jetstream.ErrBucketExists) {
+				return plan, fmt.Errorf("create bucket %s: %w", Leases, err)
+			}
+		}
+	case err != nil:
+		return plan, fmt.Errorf("look up bucket %s: %w", Leases, err)
+	default:
+		plan.Present = append(plan.Present, "bucket "+Leases)
 	}
 	for _, h := range t.Handlers {
 		want, name := t.Consumer(h), "consumer "+h.Name

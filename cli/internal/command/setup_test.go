@@ -25,7 +25,7 @@ func TestSetupPlansThenCreatesThenFindsNothingToDo(t *testing.T) {
 		plan := into[allinone.SetupReport](h.Run("setup", "--plan", "--output", "json").want(exitOK))
 		assert.NotEmpty(t, plan.Migrations.Pending)
 		assert.Empty(t, plan.Migrations.Applied)
-		assert.Equal(t, []string{"stream CLERK_EVENTS", "stream CLERK_DLQ", "consumer mirror"}, plan.Streams.Missing)
+		assert.Equal(t, []string{"stream CLERK_EVENTS", "stream CLERK_DLQ", "bucket CLERK_LEASES", "consumer mirror"}, plan.Streams.Missing)
 		assert.Empty(t, plan.Streams.Created)
 		_, js := srv.Connect()
 		_, err := js.Stream(t.Context(), stream.Events)
