@@ -11,19 +11,20 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/usherhq/usher/pkg/config"
+	"github.com/usherhq/usher/pkg/dbtest"
 	"github.com/usherhq/usher/pkg/natstest"
 	"github.com/usherhq/usher/pkg/observe"
 	"github.com/usherhq/usher/pkg/stream"
 	"github.com/usherhq/usher/reconciler"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m, dbtest.IgnoreLeaks()...) }
 
 func TestStartsIsReadyOnceTheStreamIsThereAndStops(t *testing.T) {
 	t.Parallel()
 	broker := natstest.New(t)
 	health := &observe.Health{}
-	r, err := reconciler.New(reconciler.Config{NATSURL: broker.URL()}, zap.NewNop(), health)
+	r, err := reconciler.New(reconciler.Config{NATSURL: broker.URL()}, reconciler.Deps{Log: zap.NewNop(), Health: health})
 	require.NoError(t, err)
 	problem := func() string { return health.Problems()[reconciler.Name] }
 	assert.NotEmpty(t, problem(), "not ready before it ran")
@@ -48,7 +49,7 @@ func TestStartsIsReadyOnceTheStreamIsThereAndStops(t *testing.T) {
 func TestABrokerThatIsAwayIsNoErrorButNotReady(t *testing.T) {
 	t.Parallel()
 	health := &observe.Health{}
-	r, err := reconciler.New(reconciler.Config{NATSURL: "nats://127.0.0.1:1"}, zap.NewNop(), health)
+	r, err := reconciler.New(reconciler.Config{NATSURL: "nats://127.0.0.1:1"}, reconciler.Deps{Log: zap.NewNop(), Health: health})
 	require.NoError(t, err)
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
@@ -60,7 +61,7 @@ func TestABrokerThatIsAwayIsNoErrorButNotReady(t *testing.T) {
 
 func TestAMissingBrokerSettingIsAProblem(t *testing.T) {
 	t.Parallel()
-	_, err := reconciler.New(reconciler.Config{}, zap.NewNop(), &observe.Health{})
+	_, err := reconciler.New(reconciler.Config{}, reconciler.Deps{Log: zap.NewNop(), Health: &observe.Health{}})
 	require.ErrorAs(t, err, new(config.Problems))
 	assert.ErrorContains(t, err, "USHER_NATS_URL")
 }

@@ -223,7 +223,9 @@ func (i *Instance) open(b brokerAccess) error {
 	if err != nil {
 		return err //nolint:wrapcheck // says what it did
 	}
-	rec, err := reconciler.New(reconciler.Config{NATSURL: b.url, NATSCreds: b.creds, NATSOptions: b.options}, log, i.Health)
+	recConfig := reconciler.ConfigFrom(s)
+	recConfig.NATSURL, recConfig.NATSCreds, recConfig.NATSOptions = b.url, b.creds, b.options
+	rec, err := reconciler.New(recConfig, reconciler.Deps{DB: i.DB, Log: log, Registerer: i.Registry, Health: i.Health})
 	if err != nil {
 		return err //nolint:wrapcheck // says what it did
 	}

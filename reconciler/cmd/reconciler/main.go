@@ -12,8 +12,10 @@ import (
 	"syscall"
 
 	"go.uber.org/zap"
+	"gorm.io/gorm"
 
 	"github.com/usherhq/usher/pkg/config"
+	"github.com/usherhq/usher/pkg/database"
 	"github.com/usherhq/usher/pkg/lifecycle"
 	"github.com/usherhq/usher/pkg/observe"
 	"github.com/usherhq/usher/reconciler"
@@ -37,22 +39,43 @@ func run(ctx context.Context, environ config.Environ, stderr io.Writer) int {
 		return fail(stderr, err)
 	}
 	defer func() { _ = log.Sync() }() // a terminal refuses it, and nothing could be done
-	health := &observe.Health{}
-	service, err := reconciler.New(reconciler.ConfigFrom(settings), log, health)
-	if err != nil {
+	cfg := reconciler.ConfigFrom(settings)
+	if err := cfg.Validate(); err != nil {
 		return fail(stderr, err)
 	}
-	defer service.Close()
-	ops, err := observe.NewOps(settings.OpsAddr, health, observe.NewRegistry())
-	if err != nil {
-		return fail(stderr, err)
-	}
-	log.Info("operations listen", zap.String("addr", ops.Addr()))
-	if err := lifecycle.Run(ctx, ops, service); err != nil {
+	if err := serve(ctx, settings, cfg, log); err != nil {
 		log.Error("process failed", zap.Error(err))
 		return 1
 	}
 	return 0
+}
+
+func serve(ctx context.Context, settings *config.Settings, cfg reconciler.Config, log *zap.Logger) (err error) {
+	var closers lifecycle.Closers
+	defer func() { err = errors.Join(err, closers.Close()) }()
+	health, registry := &observe.Health{}, observe.NewRegistry()
+	ops, err := observe.NewOps(settings.OpsAddr, health, registry)
+	if err != nil {
+		return err //nolint:wrapcheck // says what it did
+	}
+	closers.Add(func() error { ops.Close(); return nil })
+	var db *gorm.DB
+	if len(cfg.Sources) > 0 { // without a key there is nothing to compare
+		if db, err = database.Open(ctx, settings.DatabaseURL, settings.DatabaseSchema); err != nil {
+			return err //nolint:wrapcheck // says what it did
+		}
+		closers.Add(func() error { return database.Close(db) })
+		if err := database.CheckMigrated(ctx, db); err != nil {
+			return err //nolint:wrapcheck // says what it did
+		}
+	}
+	service, err := reconciler.New(cfg, reconciler.Deps{DB: db, Log: log, Registerer: registry, Health: health})
+	if err != nil {
+		return err //nolint:wrapcheck // says what it did
+	}
+	closers.Add(func() error { service.Close(); return nil })
+	log.Info("operations listen", zap.String("addr", ops.Addr()))
+	return lifecycle.Run(ctx, ops, service) //nolint:wrapcheck // says what it did
 }
 
 func fail(stderr io.Writer, err error) int {

@@ -39,3 +39,5 @@ CREATE INDEX drifts_object ON drifts (object_id);
 -- A full sweep reads the living in the order of their creation, as Clerk's API gives them.
 CREATE INDEX users_created ON users (clerk_created_at, id) WHERE deleted_at IS NULL;
 CREATE INDEX organizations_created ON organizations (clerk_created_at, id) WHERE deleted_at IS NULL;
+CREATE INDEX organization_memberships_created ON organization_memberships (clerk_created_at, id) WHERE deleted_at IS NULL;
+CREATE INDEX waitlist_entries_created ON waitlist_entries (clerk_created_at, id) WHERE deleted_at IS NULL;

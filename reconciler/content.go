@@ -1,0 +1,178 @@
+package reconciler
+
+import (
+	"bytes"
+	"encoding/json"
+	"hash/maphash"
+	"maps"
+	"math/bits"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/tidwall/gjson"
+
+	"github.com/usherhq/usher/pkg/mirror"
+)
+
+// volatile are the fields of each table's objects that change without being a change: times of activity, counters,
+// and copies of other objects, which are as old as the event that brought them.
+var volatile = map[string][]string{
+	"users":                    {"last_active_at", "last_sign_in_at", "lockout_expires_in_seconds", "verification_attempts_remaining"},
+	"organizations":            {"members_count", "pending_invitations_count", "missing_member_with_elevated_permissions", "last_active_at"},
+	"organization_memberships": {"organization", "public_user_data"},
+	"organization_invitations": {"public_inviter_data", "public_organization_data", "url"},
+	"organization_domains":     {"total_pending_invitations", "total_pending_suggestions", "public_organization_data"},
+	"waitlist_entries":         {"invitation"},
+}
+
+// Field is one field in which an object differs: what the mirror has and what Clerk has, as JSON.
+type Field struct {
+	Field  string          `json:"field"`
+	Mirror json.RawMessage `json:"mirror"` // null where it has none
+	Clerk  json.RawMessage `json:"clerk"`
+}
+
+// differences compares an object with its row, leaving out what is volatile. Null and absent are the same, and so are all
+// spellings of a value. The result is sorted by field; none means the same.
+func differences(table string, object, row []byte) []Field {
+	skip := volatile[table]
+	clean := mirror.Clean(object)
+	if digest(clean, skip) == digest(row, skip) {
+		return nil
+	}
+	theirs, ours := decode(clean), decode(row)
+	var fields []Field
+	names := slices.Sorted(maps.Keys(theirs))
+	for name := range ours {
+		if _, both := theirs[name]; !both {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	for _, name := range names {
+		if slices.Contains(skip, name) {
+			continue
+		}
+		a, b := canonical(ours[name]), canonical(theirs[name])
+		if !bytes.Equal(a, b) {
+			fields = append(fields, Field{Field: name, Mirror: a, Clerk: b})
+		}
+	}
+	return fields
+}
+
+var seed = maphash.MakeSeed()
+
+// digest is the same for all spellings of a document: order of keys, white space, escapes. It is only compared within one
+// process. Where two digests differ the documents may still be the same (a name given twice).
+func digest(doc []byte, skip []string) uint64 {
+	var sum uint64
+	gjson.ParseBytes(doc).ForEach(func(key, value gjson.Result) bool {
+		if value.Type != gjson.Null && !slices.Contains(skip, key.Str) {
+			sum += member(key, value)
+		}
+		return true
+	})
+	return sum
+}
+
+func member(key, value gjson.Result) uint64 { return mix(maphash.String(seed, key.Str), digestValue(value)) }
+
+func digestValue(value gjson.Result) uint64 {
+	switch value.Type {
+	case gjson.String:
+		return mix(1, maphash.String(seed, value.Str))
+	case gjson.Number:
+		return mix(2, maphash.String(seed, number(value.Raw)))
+	case gjson.True:
+		return 3
+	case gjson.False:
+		return 4
+	case gjson.JSON:
+		sum := uint64(5)
+		if value.IsArray() {
+			value.ForEach(func(_, v gjson.Result) bool {
+				sum = mix(sum, digestValue(v))
+				return true
+			})
+			return mix(6, sum)
+		}
+		value.ForEach(func(k, v gjson.Result) bool {
+			if v.Type != gjson.Null {
+				sum += member(k, v)
+			}
+			return true
+		})
+		return sum
+	default:
+		return 7
+	}
+}
+
+func mix(a, b uint64) uint64 {
+	hi, lo := bits.Mul64(a^0x9e3779b97f4a7c15, b^0xd1b54a32d192ed03)
+	return hi ^ lo ^ a
+}
+
+// number is one spelling of a number: 1e2 and 100.0 are 100. PostgreSQL writes numbers anew.
+func number(raw string) string {
+	if !strings.ContainsAny(raw, ".eE") && raw != "-0" {
+		return raw
+	}
+	f, err := strconv.ParseFloat(raw, 64)
+	if err != nil {
+		return raw
+	}
+	if f == float64(int64(f)) && f > -1e15 && f < 1e15 {
+		return strconv.FormatInt(int64(f), 10)
+	}
+	return strconv.FormatFloat(f, 'g', -1, 64)
+}
+
+func decode(doc []byte) map[string]any {
+	dec := json.NewDecoder(bytes.NewReader(doc))
+	dec.UseNumber()
+	var object map[string]any
+	_ = dec.Decode(&object) // what is no object has no fields
+	return object
+}
+
+// canonical is the one spelling of a decoded value.
+func canonical(value any) json.RawMessage {
+	out, err := json.Marshal(plain(value))
+	if err != nil {
+		return json.RawMessage("null")
+	}
+	return out
+}
+
+// plain takes nulls out of objects and gives numbers their one spelling.
+func plain(value any) any {
+	switch v := value.(type) {
+	case map[string]any:
+		for key, inner := range v {
+			if inner == nil {
+				delete(v, key)
+			} else {
+				v[key] = plain(inner)
+			}
+		}
+	case []any:
+		for i := range v {
+			v[i] = plain(v[i])
+		}
+	case json.Number:
+		return json.RawMessage(number(v.String()))
+	}
+	return value
+}
+
+// essence is the canonical form of an object without what is volatile, for ids that two runs must agree on.
+func essence(table string, object []byte) []byte {
+	fields := decode(mirror.Clean(object))
+	for _, name := range volatile[table] {
+		delete(fields, name)
+	}
+	return canonical(fields)
+}

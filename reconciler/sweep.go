@@ -1,0 +1,810 @@
+package reconciler
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"hash/maphash"
+	"iter"
+	"slices"
+	"time"
+
+	"github.com/tidwall/gjson"
+	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/usherhq/usher/pkg/clerk"
+	"github.com/usherhq/usher/pkg/event"
+)
+
+// API is what a sweep needs of Clerk's Backend API; see [clerk.Client].
+type API interface {
+	Pages(ctx context.Context, resource string, order clerk.Order, cursor string) iter.Seq2[clerk.Page, error]
+	Find(ctx context.Context, resource, id, organizationID string) (clerk.Object, bool, error)
+	Count(ctx context.Context, resource string) (int64, error)
+	Latest(ctx context.Context, resource string) (clerk.Object, bool, error)
+}
+
+const (
+	// overlap is how far an incremental sweep reads beyond the newest change of the last one: changes need not become
+	// visible in the order of their times.
+	overlap = 5 * time.Minute
+	// maxCandidates bounds what waits to be looked at again.
+	maxCandidates = 2000
+	// maxItems bounds the items of a report.
+	maxItems = 10_000
+	// maxRereads is how many objects of equal version and other content are read again, of one table.
+	maxRereads = 200
+	// maxUnknown is how many rows without an object a sweep asks Clerk for before it takes that for an answer.
+	maxUnknown = 20_000
+	// getters is how many single objects are asked for at once.
+	getters = 4
+)
+
+// stopError ends a run that must not go on: nothing was deleted.
+type stopError string
+
+func (e stopError) Error() string { return string(e) }
+
+// candidate is what may be drift.
+type candidate struct {
+	object  *object
+	row     *row
+	verdict verdict
+	changed bool // the row, since it was first read
+}
+
+// span is the candidates of one page, and where the sweep is once they are settled.
+type span struct {
+	candidates []*candidate
+	readAt     time.Time
+	cursor     string
+	created    int64
+	checked    int64
+}
+
+// sweep is one run over some tables. One goroutine uses it.
+type sweep struct {
+	*Sweeper
+	opts   Options
+	origin event.Origin
+	report *Report
+	state  *state
+	save   func(ctx context.Context) error // the checkpoint; nil for none
+	record func(ctx context.Context, drifts []drift) error
+
+	table   string
+	at      *progress
+	queue   []span
+	waiting int                 // candidates in queue
+	met     map[string]struct{} // rows that were found by their id only
+	rereads int
+	saved   time.Time
+}
+
+// run sweeps the tables that are not done yet.
+func (w *sweep) run(ctx context.Context) error {
+	w.saved = time.Now()
+	for _, table := range w.state.Resources {
+		w.table, w.at = table, w.state.of(table)
+		w.queue, w.waiting, w.met, w.rereads = nil, 0, map[string]struct{}{}, 0
+		if w.at.Done {
+			continue
+		}
+		if err := w.known(ctx); err != nil {
+			return err
+		}
+		sweepTable := w.full
+		if w.opts.Kind == Incremental {
+			sweepTable = w.incremental
+		}
+		if err := sweepTable(ctx); err != nil {
+			return fmt.Errorf("sweep %s: %w", table, err)
+		}
+		w.report.Checked[table] = w.at.Checked
+		w.at.Done, w.at.Cursor, w.at.Unmatched = true, "", nil
+		if err := w.checkpoint(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (w *sweep) checkpoint(ctx context.Context) error {
+	w.saved = time.Now()
+	if w.save == nil {
+		return nil
+	}
+	return w.save(ctx)
+}
+
+// known stops a run against another instance before it publishes anything of it: of the oldest and the newest users
+// of the mirror, Clerk must know one.
+func (w *sweep) known(ctx context.Context) error {
+	if w.table != "users" || w.opts.Force || w.at.Cursor != "" {
+		return nil
+	}
+	const each, enough = 3, 3
+	ids, err := w.books.ends(ctx, w.table, each)
+	if err != nil {
+		return err
+	}
+	if slices.Sort(ids); len(slices.Compact(slices.Clone(ids))) < enough {
+		return nil
+	}
+	for _, id := range ids {
+		_, there, err := w.api.Find(ctx, w.table, id, "")
+		if err != nil {
+			return err //nolint:wrapcheck // says what it did
+		}
+		if there {
+			return nil
+		}
+	}
+	return stopError(fmt.Sprintf("Clerk knows none of %d users of the mirror: is CLERK_SECRET_KEY that of another instance?", len(ids)))
+}
+
+// full sweeps one table whole.
+func (w *sweep) full(ctx context.Context) error {
+	before, err := w.api.Count(ctx, w.table)
+	if err != nil {
+		return fmt.Errorf("count: %w", err)
+	}
+	w.at.Total = before
+	if err := w.head(ctx); err != nil {
+		return err
+	}
+	if clerk.Sorted(w.table, clerk.Created) {
+		err = w.merged(ctx)
+	} else {
+		err = w.keyed(ctx)
+	}
+	if err == nil {
+		err = w.drain(ctx, true)
+	}
+	if err != nil {
+		return err
+	}
+	after, err := w.api.Count(ctx, w.table)
+	if err != nil {
+		return fmt.Errorf("count: %w", err)
+	}
+	w.at.Count = after
+	if err := w.counted(before, after); err != nil {
+		return err
+	}
+	return w.extras(ctx)
+}
+
+// counted stops the run where what was swept is not what Clerk counts, give or take what may have come and gone meanwhile.
+func (w *sweep) counted(before, after int64) error {
+	low, high := min(before, after), max(before, after)
+	slack := max(3, high/100)
+	if n := w.at.Checked; !w.opts.Force && (n < low-slack || n > high+slack) {
+		return stopError(fmt.Sprintf("%s: Clerk counts %d and its pages had %d: nothing was deleted", w.table, after, n))
+	}
+	return nil
+}
+
+// head notes the newest change before the sweep, from which the next incremental one goes on.
+func (w *sweep) head(ctx context.Context) error {
+	if !clerk.Sorted(w.table, clerk.Updated) || w.at.Watermark != 0 {
+		return nil
+	}
+	o, _, err := w.api.Latest(ctx, w.table)
+	if err != nil {
+		return err //nolint:wrapcheck // says what it did
+	}
+	w.at.Watermark = event.Millis(o.UpdatedAt)
+	return nil
+}
+
+// merged compares in the order of creation.
+func (w *sweep) merged(ctx context.Context) error {
+	current := span{}
+	// Pages are read ahead, while the last one is compared. All else happens in this goroutine.
+	pages, stop := ahead(ctx, w.api.Pages(ctx, w.table, clerk.Created, w.at.Cursor))
+	defer stop()
+	objects := func(yield func(object, error) bool) {
+		for page, err := range pages {
+			if err != nil {
+				yield(object{}, err)
+				return
+			}
+			current = span{readAt: page.ReadAt, cursor: page.Cursor}
+			for _, o := range page.Objects {
+				current.created = event.Millis(o.CreatedAt)
+				if !yield(object{o, page.ReadAt}, nil) {
+					return
+				}
+			}
+			current.checked = int64(len(page.Objects))
+			if err := w.push(ctx, current); err != nil {
+				yield(object{}, err)
+				return
+			}
+			current = span{}
+		}
+	}
+	err := merge(objects, w.books.living(ctx, w.table, w.at.Created), func(o *object, r *row) error {
+		switch {
+		case o == nil:
+			w.unmatched(r.id)
+			return nil
+		case r != nil:
+			w.at.Matched++
+		}
+		if v := compare(w.table, o, r); v.drift != "" || v.defeated {
+			current.candidates = append(current.candidates, &candidate{object: o, row: r, verdict: v})
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	if err := w.drain(ctx, true); err != nil {
+		return err
+	}
+	for r, err := range w.books.heads(ctx, w.table, true) {
+		if err != nil {
+			return err
+		}
+		if _, met := w.met[r.id]; !met {
+			w.unmatched(r.id)
+		}
+	}
+	return nil
+}
+
+func (w *sweep) unmatched(id string) {
+	if w.opts.Force || w.opts.Kind == verification || len(w.at.Unmatched) <= maxUnknown {
+		w.at.Unmatched = append(w.at.Unmatched, id)
+	}
+}
+
+// keyed compares by id, for objects that come in no order. It remembers a hash of each id, 8 bytes an object, and is not resumed within
+// the table.
+func (w *sweep) keyed(ctx context.Context) error {
+	w.at.Checked, w.at.Matched, w.at.Unmatched = 0, 0, nil
+	seen := map[uint64]struct{}{}
+	for page, err := range w.api.Pages(ctx, w.table, clerk.Created, "") {
+		if err != nil {
+			return err //nolint:wrapcheck // run says what it was
+		}
+		for _, o := range page.Objects {
+			seen[maphash.String(seed, o.ID)] = struct{}{}
+		}
+		if err := w.page(ctx, page); err != nil {
+			return err
+		}
+	}
+	for r, err := range w.books.heads(ctx, w.table, false) {
+		if err != nil {
+			return err
+		}
+		if _, there := seen[maphash.String(seed, r.id)]; !there {
+			w.unmatched(r.id)
+		}
+	}
+	return nil
+}
+
+// page compares the objects of one page with the rows of their ids.
+func (w *sweep) page(ctx context.Context, page clerk.Page) error {
+	ids := make([]string, len(page.Objects))
+	for i, o := range page.Objects {
+		ids[i] = o.ID
+	}
+	rows, err := w.books.byID(ctx, w.table, ids)
+	if err != nil {
+		return err
+	}
+	s := span{readAt: page.ReadAt, checked: int64(len(page.Objects))}
+	for _, o := range page.Objects {
+		read := &object{o, page.ReadAt}
+		r := rows[o.ID]
+		if r != nil {
+			w.at.Matched++
+		}
+		if v := compare(w.table, read, r); v.drift != "" || v.defeated {
+			s.candidates = append(s.candidates, &candidate{object: read, row: r, verdict: v})
+		}
+	}
+	return w.push(ctx, s)
+}
+
+// incremental reads the newest changes down to where the last run began. What has no such order is counted, and swept whole
+// where Clerk's count and the mirror's no longer differ by what they did.
+func (w *sweep) incremental(ctx context.Context) error {
+	last := w.last[w.table]
+	if !last.Done {
+		return w.full(ctx) // there is nothing yet to go on from
+	}
+	count, err := w.api.Count(ctx, w.table)
+	if err != nil {
+		return fmt.Errorf("count: %w", err)
+	}
+	w.at.Count = count
+	if clerk.Sorted(w.table, clerk.Updated) && last.Watermark != 0 {
+		if err := w.changes(ctx, last.Watermark-overlap.Milliseconds()); err != nil {
+			return err
+		}
+		if err := w.drain(ctx, true); err != nil {
+			return err
+		}
+	}
+	rows, err := w.books.count(ctx, w.table)
+	if err != nil {
+		return err
+	}
+	w.at.Rows = rows
+	if w.at.Watermark == 0 {
+		w.at.Watermark = last.Watermark
+	}
+	if count-rows == last.Count-last.Rows {
+		return nil
+	}
+	// It may be lag, which is over in a moment.
+	if err := sleep(ctx, w.cfg.Pause); err != nil {
+		return err
+	}
+	if count, err = w.api.Count(ctx, w.table); err != nil {
+		return fmt.Errorf("count: %w", err)
+	}
+	if rows, err = w.books.count(ctx, w.table); err != nil {
+		return err
+	}
+	if w.at.Count, w.at.Rows = count, rows; count-rows == last.Count-last.Rows {
+		return nil
+	}
+	if busy, _, err := w.backlog(ctx); err != nil || busy {
+		return err // the next run will see
+	}
+	w.log.Info("counts differ, sweeping whole", zap.String("resource", w.table), zap.Int64("clerk", count), zap.Int64("mirror", rows))
+	w.at.Checked, w.at.Matched = 0, 0
+	if err := w.full(ctx); err != nil {
+		return err
+	}
+	// What remains of the difference has a reason that a sweep cannot take away; only a new difference is worth a new one.
+	// What was published is not applied yet, so it counts as if it were.
+	w.at.Rows = rows + w.at.Added
+	return nil
+}
+
+func (w *sweep) changes(ctx context.Context, since int64) error {
+	first := true
+	for page, err := range w.api.Pages(ctx, w.table, clerk.Updated, "") {
+		if err != nil {
+			return err //nolint:wrapcheck // run says what it was
+		}
+		if len(page.Objects) == 0 {
+			return nil
+		}
+		if first {
+			w.at.Watermark, first = event.Millis(page.Objects[0].UpdatedAt), false
+		}
+		oldest := event.Millis(page.Objects[len(page.Objects)-1].UpdatedAt)
+		n := 0
+		for n < len(page.Objects) && event.Millis(page.Objects[n].UpdatedAt) >= since {
+			n++
+		}
+		page.Objects = page.Objects[:n]
+		if err := w.page(ctx, page); err != nil {
+			return err
+		}
+		if oldest < since {
+			return nil
+		}
+	}
+	return nil
+}
+
+// push queues the candidates of a page and settles those that have waited long enough.
+func (w *sweep) push(ctx context.Context, s span) error {
+	w.queue = append(w.queue, s)
+	w.waiting += len(s.candidates)
+	return w.drain(ctx, false)
+}
+
+// drain settles the pages that were read at least a pause ago, so that what was on its way has arrived; all of them, where asked to
+// or where too many wait.
+func (w *sweep) drain(ctx context.Context, all bool) error {
+	pause := w.cfg.Pause
+	if w.opts.Kind == Backfill {
+		pause = 0 // nothing is there to lag behind
+	}
+	for len(w.queue) > 0 {
+		n, candidates := 0, []*candidate{}
+		for n < len(w.queue) && (n == 0 || len(candidates) < rowPage) && (all || w.waiting > maxCandidates || time.Since(w.queue[n].readAt) >= pause || len(w.queue[n].candidates) == 0) {
+			candidates = append(candidates, w.queue[n].candidates...)
+			n++
+		}
+		if n == 0 {
+			return nil
+		}
+		last := w.queue[n-1]
+		if len(candidates) > 0 {
+			if err := sleep(ctx, pause-time.Since(last.readAt)); err != nil {
+				return err
+			}
+			for chunk := range slices.Chunk(candidates, rowPage) {
+				if err := w.settle(ctx, chunk); err != nil {
+					return err
+				}
+			}
+		}
+		for _, s := range w.queue[:n] {
+			w.at.Checked += s.checked
+		}
+		w.waiting -= len(candidates)
+		w.queue = slices.Delete(w.queue, 0, n)
+		if last.cursor != "" {
+			w.at.Cursor, w.at.Created = last.cursor, last.created
+		}
+		w.report.Checked[w.table] = w.at.Checked
+		if w.opts.Progress != nil {
+			w.opts.Progress(Progress{Resource: w.table, Done: w.at.Checked, Total: w.at.Total})
+		}
+		if time.Since(w.saved) >= w.cfg.Checkpoint {
+			if err := w.checkpoint(ctx); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// settle looks at candidates again, and counts and publishes what is still drift: rows that changed meanwhile, and
+// objects whose event is on its way, are not.
+func (w *sweep) settle(ctx context.Context, candidates []*candidate) error {
+	rounds := 1
+	if w.opts.Kind == verification {
+		rounds = max(1, w.cfg.Rechecks)
+	}
+	for round := range rounds {
+		var err error
+		if candidates, err = w.again(ctx, candidates, w.opts.Kind == verification && round > 0); err != nil || len(candidates) == 0 {
+			return err
+		}
+		if round < rounds-1 {
+			if err := sleep(ctx, w.cfg.Pause); err != nil {
+				return err
+			}
+		}
+	}
+	candidates, err := w.landed(ctx, candidates)
+	if err != nil {
+		return err
+	}
+	return w.found(ctx, candidates)
+}
+
+// again reads the rows anew, and the objects where all asks for it or where the row is no explanation, and returns what still differs.
+func (w *sweep) again(ctx context.Context, candidates []*candidate, all bool) ([]*candidate, error) {
+	left, err := w.reread(ctx, candidates)
+	if err != nil {
+		return nil, err
+	}
+	var ask []*candidate
+	for _, c := range left {
+		switch {
+		case all, c.verdict.defeated, c.changed:
+			ask = append(ask, c)
+		case c.verdict.drift == Different && w.rereads < maxRereads:
+			w.rereads++
+			ask = append(ask, c)
+		}
+	}
+	if len(ask) == 0 {
+		return left, nil
+	}
+	gone, err := w.ask(ctx, ask)
+	if err != nil {
+		return nil, err
+	}
+	left = slices.DeleteFunc(left, func(c *candidate) bool { return gone[c] })
+	return w.reread(ctx, left)
+}
+
+// reread compares with the rows as they are now.
+func (w *sweep) reread(ctx context.Context, candidates []*candidate) ([]*candidate, error) {
+	ids := make([]string, len(candidates))
+	for i, c := range candidates {
+		ids[i] = c.object.ID
+	}
+	rows, err := w.books.byID(ctx, w.table, ids)
+	if err != nil {
+		return nil, err
+	}
+	var left []*candidate
+	for _, c := range candidates {
+		r := rows[c.object.ID]
+		if r != nil {
+			if c.row == nil {
+				w.met[r.id] = struct{}{}
+			} else if c.row.version != r.version || c.row.seenAt != r.seenAt || c.row.deleted != r.deleted {
+				c.changed = true
+			}
+		}
+		c.row, c.verdict = r, compare(w.table, c.object, r)
+		if c.verdict.drift != "" || c.verdict.defeated {
+			left = append(left, c)
+		}
+	}
+	return left, nil
+}
+
+// ask reads the objects of candidates anew and tells which of them are gone.
+func (w *sweep) ask(ctx context.Context, candidates []*candidate) (map[*candidate]bool, error) {
+	gone := make([]bool, len(candidates))
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(getters)
+	for i, c := range candidates {
+		group.Go(func() error {
+			began := time.Now()
+			o, there, err := w.api.Find(ctx, w.table, c.object.ID, organizationOf(c))
+			if err != nil {
+				return err //nolint:wrapcheck // says what it did
+			}
+			if gone[i] = !there; there {
+				c.object = &object{o, began}
+			}
+			return nil
+		})
+	}
+	if err := group.Wait(); err != nil {
+		return nil, err //nolint:wrapcheck // wrapped in the group
+	}
+	result := map[*candidate]bool{}
+	for i, c := range candidates {
+		if gone[i] {
+			result[c] = true
+		}
+	}
+	return result, nil
+}
+
+// organizationOf is the organization whose list an object of no address of its own must be in, empty for none.
+func organizationOf(c *candidate) string {
+	raw := []byte(c.object.Raw)
+	if len(raw) == 0 && c.row != nil {
+		raw = c.row.raw
+	}
+	return cmp.Or(gjson.GetBytes(raw, "organization.id").Str, gjson.GetBytes(raw, "organization_id").Str)
+}
+
+// extras deletes the rows for which Clerk has no object: after asking for each, and only if they are few.
+func (w *sweep) extras(ctx context.Context) error {
+	ids := w.at.Unmatched
+	slices.Sort(ids)
+	ids = slices.DeleteFunc(slices.Compact(ids), func(id string) bool { _, met := w.met[id]; return met })
+	if len(ids) == 0 {
+		return nil
+	}
+	rows := w.at.Matched + int64(len(ids))
+	limit := w.cfg.limit(rows)
+	if w.opts.Force || w.opts.Kind == verification {
+		limit = int64(len(ids))
+	}
+	if len(ids) > maxUnknown && !w.opts.Force && w.opts.Kind != verification {
+		return stopError(fmt.Sprintf("%s: more than %d of %d rows are not in Clerk's pages: nothing was deleted", w.table, maxUnknown, rows))
+	}
+	var confirmed []*candidate
+	for chunk := range slices.Chunk(ids, 100) {
+		some, err := w.confirm(ctx, chunk)
+		if err != nil {
+			return err
+		}
+		confirmed = append(confirmed, some...)
+		if int64(len(confirmed)) > limit {
+			return stopError(fmt.Sprintf("%s: at least %d of %d rows are unknown to Clerk, more than the %d that may be deleted unasked: nothing was deleted (a wrong key looks just like that; --force deletes them)",
+				w.table, len(confirmed), rows, limit))
+		}
+	}
+	if len(confirmed) > 0 && w.at.Matched == 0 && rows > 1 && !w.opts.Force && w.opts.Kind != verification && w.at.Checked > 0 {
+		return stopError(fmt.Sprintf("%s: Clerk knows none of the %d rows: nothing was deleted (a wrong key looks just like that; --force deletes them)", w.table, rows))
+	}
+	if len(confirmed) == 0 {
+		return nil
+	}
+	// A delete may be on its way.
+	if err := sleep(ctx, w.cfg.Pause); err != nil {
+		return err
+	}
+	for chunk := range slices.Chunk(confirmed, rowPage) {
+		chunk, err := w.stillLiving(ctx, chunk)
+		if err != nil {
+			return err
+		}
+		for round := 0; w.opts.Kind == verification && round < w.cfg.Rechecks && len(chunk) > 0; round++ {
+			landed, err := w.landed(ctx, slices.Clone(chunk))
+			if err != nil {
+				return err
+			}
+			if len(landed) == len(chunk) {
+				break
+			}
+			if err := sleep(ctx, w.cfg.Pause); err != nil {
+				return err
+			}
+			if chunk, err = w.stillLiving(ctx, chunk); err != nil {
+				return err
+			}
+		}
+		if chunk, err = w.landed(ctx, chunk); err != nil {
+			return err
+		}
+		if err := w.found(ctx, chunk); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// confirm asks Clerk for the object of each living row and returns those for which it says that there is none.
+func (w *sweep) confirm(ctx context.Context, ids []string) ([]*candidate, error) {
+	rows, err := w.books.byID(ctx, w.table, ids)
+	if err != nil {
+		return nil, err
+	}
+	var asked []*candidate
+	for _, id := range ids {
+		if r := rows[id]; r != nil && !r.deleted {
+			asked = append(asked, &candidate{object: &object{Object: clerk.Object{ID: id}, readAt: time.Now()}, row: r})
+		}
+	}
+	gone, err := w.ask(ctx, asked)
+	if err != nil {
+		return nil, err
+	}
+	var confirmed, there []*candidate
+	for _, c := range asked {
+		if gone[c] {
+			c.verdict = verdict{drift: Extra}
+			confirmed = append(confirmed, c)
+			continue
+		}
+		w.at.Matched++
+		if c.verdict = compare(w.table, c.object, c.row); c.verdict.drift != "" {
+			there = append(there, c)
+		}
+	}
+	if len(there) == 0 {
+		return confirmed, nil
+	}
+	return confirmed, w.settle(ctx, there)
+}
+
+func (w *sweep) stillLiving(ctx context.Context, candidates []*candidate) ([]*candidate, error) {
+	ids := make([]string, len(candidates))
+	for i, c := range candidates {
+		ids[i] = c.object.ID
+	}
+	rows, err := w.books.byID(ctx, w.table, ids)
+	if err != nil {
+		return nil, err
+	}
+	return slices.DeleteFunc(candidates, func(c *candidate) bool {
+		r := rows[c.object.ID]
+		if r == nil || r.deleted {
+			return true
+		}
+		c.row = r
+		return false
+	}), nil
+}
+
+// found counts, records and publishes drift.
+func (w *sweep) found(ctx context.Context, candidates []*candidate) error {
+	var drifts []drift
+	for _, c := range candidates {
+		if c.verdict.defeated {
+			// It lives at Clerk, and was just read: a delete was announced that did not happen.
+			c.verdict.drift = Missing
+		}
+		drifts = append(drifts, w.driftOf(c))
+	}
+	if len(drifts) == 0 {
+		return nil
+	}
+	if w.opts.publishes() {
+		if err := w.publish(ctx, drifts); err != nil {
+			return err
+		}
+	}
+	for i := range drifts {
+		d := &drifts[i]
+		w.report.Drift.add(d.drift)
+		switch {
+		case d.eventID == "":
+		case d.drift == Missing:
+			w.at.Added++
+		case d.drift == Extra:
+			w.at.Added--
+		}
+		item := Item{Resource: w.table, ID: d.id, Drift: d.drift, EventType: string(d.event.Type), EventID: d.eventID, Fields: d.fields}
+		if len(w.report.Items) < maxItems {
+			w.report.Items = append(w.report.Items, item)
+		}
+		if w.opts.Kind == verification {
+			continue
+		}
+		w.metrics.drift.WithLabelValues(w.table, string(d.drift)).Inc()
+		if w.opts.Kind == Backfill && d.drift == Missing {
+			continue // what a backfill is for
+		}
+		w.log.Warn("drift found", zap.String("resource", w.table), zap.String("drift", string(d.drift)), zap.String("object_id", d.id),
+			zap.String("event_type", string(d.event.Type)), zap.String("event_id", d.eventID), zap.String("origin", string(w.origin)), zap.Bool("defeated", d.defeated))
+	}
+	if w.record != nil {
+		return w.record(ctx, drifts)
+	}
+	return nil
+}
+
+// ahead pulls one element ahead of its reader, in a goroutine that ends with stop.
+func ahead[T any](ctx context.Context, seq iter.Seq2[T, error]) (iter.Seq2[T, error], func()) {
+	type element struct {
+		value T
+		err   error
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	elements, done := make(chan element), make(chan struct{})
+	go func() {
+		defer close(done)
+		defer close(elements)
+		for value, err := range seq {
+			select {
+			case elements <- element{value, err}:
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	stop := func() {
+		cancel()
+		<-done
+	}
+	return func(yield func(T, error) bool) {
+		for e := range elements {
+			if !yield(e.value, e.err) {
+				return
+			}
+		}
+		if err := context.Cause(ctx); err != nil { // else the end of the context looks like the end of the pages
+			yield(*new(T), err)
+		}
+	}, stop
+}
+
+func sleep(ctx context.Context, d time.Duration) error {
+	if d <= 0 {
+		return context.Cause(ctx)
+	}
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// limit is how many of so many rows may be deleted without --force.
+func (c SweepConfig) limit(rows int64) int64 {
+	return min(int64(c.ExtraMax), max(int64(c.ExtraMin), int64(float64(rows)*c.ExtraShare)))
+}
+
+func (o Options) publishes() bool { return o.Kind != verification && !o.DryRun }
+
+func (c SweepConfig) withDefaults() SweepConfig {
+	c.ExtraShare = cmp.Or(c.ExtraShare, 0.05)
+	c.ExtraMax = cmp.Or(c.ExtraMax, 100)
+	c.ExtraMin = cmp.Or(c.ExtraMin, 3)
+	c.Pause = cmp.Or(c.Pause, 2*time.Second)
+	c.Rechecks = cmp.Or(c.Rechecks, 3)
+	c.Checkpoint = cmp.Or(c.Checkpoint, 2*time.Second)
+	c.LeaseTTL = cmp.Or(c.LeaseTTL, 8*time.Second)
+	return c
+}
