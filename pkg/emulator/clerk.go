@@ -69,6 +69,7 @@ type Clerk struct {
 	seq    uint64
 	queue  []Event // of the step that ran last, not yet taken
 	state  map[string]*table
+	people map[string]*life // those who have an account, by user id; empty where state is forgotten
 	buffer bytes.Buffer
 
 	arriving int // sign-ups that are still to come
@@ -90,7 +91,7 @@ func New(cfg Config) *Clerk {
 		cfg.Arrival = 40 * time.Second
 	}
 	return &Clerk{
-		cfg: cfg, now: cfg.Start.UnixMilli(), state: map[string]*table{},
+		cfg: cfg, now: cfg.Start.UnixMilli(), state: map[string]*table{}, people: map[string]*life{},
 		rng: rand.New(rand.NewPCG(cfg.Seed, 0x75736865)), //nolint:gosec // seeded on purpose
 	}
 }
@@ -276,6 +277,14 @@ func (c *Clerk) emit(typ, id string, l *life, updated int64, data []byte) {
 	deletedAt := int64(0)
 	if t.Deleted() {
 		deletedAt = at
+	}
+	if l != nil && !c.cfg.Forget {
+		switch typ {
+		case "user.created":
+			c.people[id] = l
+		case "user.deleted":
+			delete(c.people, id)
+		}
 	}
 	c.keep(tables[t.Resource()], id, updated, deletedAt, data)
 	c.queue = append(c.queue, Event{

@@ -1,6 +1,7 @@
 package emulator
 
 import (
+	"cmp"
 	"encoding/json"
 	"iter"
 	"slices"
@@ -49,12 +50,24 @@ type table struct {
 	byID  map[string]*Object
 	order []*Object // by creation
 	live  int
+
+	// What the Backend API lists from.
+	alive   []*Object            // the living ones by created_at
+	owned   map[string][]*Object // by the id of what they belong to, deleted ones included; see owners
+	changes int                  // counted, so that a sorted copy knows when it is old
+	sorted  map[string]sorted    // by field
+}
+
+// owners names, for the tables that the Backend API lists by it, where an object says what it belongs to.
+var owners = map[string]string{
+	"sessions": "user_id", "organization_memberships": "organization.id",
+	"organization_invitations": "organization_id", "organization_domains": "organization_id",
 }
 
 func (c *Clerk) table(name string) *table {
 	t := c.state[name]
 	if t == nil {
-		t = &table{byID: map[string]*Object{}}
+		t = &table{byID: map[string]*Object{}, owned: map[string][]*Object{}, sorted: map[string]sorted{}}
 		c.state[name] = t
 	}
 	return t
@@ -71,11 +84,34 @@ func (c *Clerk) keep(name, id string, updated, deleted int64, data []byte) {
 		t.byID[id] = o
 		t.order = append(t.order, o)
 		t.live++
+		at, _ := slices.BinarySearchFunc(t.alive, o.CreatedAt+1, byCreation)
+		t.alive = slices.Insert(t.alive, at, o)
+		if path := owners[name]; path != "" {
+			owner := gjson.GetBytes(data, path).String()
+			t.owned[owner] = append(t.owned[owner], o)
+		}
 	}
 	if deleted != 0 && o.DeletedAt == 0 {
 		t.live--
+		if at := t.place(o); at < len(t.alive) {
+			t.alive = slices.Delete(t.alive, at, at+1)
+		}
 	}
+	t.changes++
 	o.JSON, o.UpdatedAt, o.DeletedAt = data, max(o.UpdatedAt, updated), deleted
+}
+
+func byCreation(o *Object, created int64) int { return cmp.Compare(o.CreatedAt, created) }
+
+// place is where a living object stands among those by creation, their number where it does not.
+func (t *table) place(o *Object) int {
+	at, _ := slices.BinarySearchFunc(t.alive, o.CreatedAt, byCreation)
+	for ; at < len(t.alive) && t.alive[at].CreatedAt == o.CreatedAt; at++ {
+		if t.alive[at] == o {
+			return at
+		}
+	}
+	return len(t.alive)
 }
 
 // Object returns one object of a table, deleted ones included, false where there never was one.
