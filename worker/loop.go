@@ -157,8 +157,19 @@ func (l *loop) consume(ctx context.Context) error {
 func (l *loop) pump(iter jetstream.MessagesContext, fresh, again chan<- jetstream.Msg) error {
 	for {
 		msg, err := iter.Next()
+		if errors.Is(err, jetstream.ErrNoHeartbeat) {
+			// The broker is away, or this machine is slow. The iterator asks again by itself, and giving it up would
+			// lose sight of what it holds until AckWait; unless the consumer is gone for good.
+			if err = l.heartbeat(); err == nil {
+				continue
+			}
+		}
 		if err != nil {
 			return err //nolint:wrapcheck // the caller says what it was for
+		}
+		if l.broker.check() != nil {
+			l.log.Info("broker is back, handler goes on")
+			l.broker.setTrouble(nil)
 		}
 		meta, err := msg.Metadata()
 		if err != nil || meta.NumDelivered == 1 {
@@ -177,6 +188,23 @@ func (l *loop) pump(iter jetstream.MessagesContext, fresh, again chan<- jetstrea
 			l.nak(msg, delay)
 		}
 	}
+}
+
+// heartbeat looks at the consumer after it was silent for too long, and keeps what it finds for the readiness. The
+// error says that the consumer does not exist any more.
+func (l *loop) heartbeat() error {
+	ctx, cancel := context.WithTimeout(context.Background(), stream.PublishTimeout)
+	defer cancel()
+	_, err := l.js.Consumer(ctx, stream.Events, l.handler.Name())
+	if errors.Is(err, jetstream.ErrConsumerNotFound) || errors.Is(err, jetstream.ErrStreamNotFound) {
+		return err //nolint:wrapcheck // run says what it was for
+	}
+	if err != nil {
+		err = fmt.Errorf("broker: %w", err)
+		l.log.Warn("broker is away, handler pauses", zap.Error(err))
+	}
+	l.broker.setTrouble(err)
+	return nil
 }
 
 // slowLane works until both channels are closed.
