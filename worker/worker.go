@@ -116,6 +116,12 @@ func New(cfg Config, deps Deps) (*Worker, error) {
 		return nil, fmt.Errorf("worker: %w", err)
 	}
 	w := &Worker{cfg: cfg.withDefaults(), deps: deps, loops: map[string][]*loop{}}
+	if w.cfg.Concurrency == 0 {
+		w.cfg.Concurrency = 1
+		if database.IsPostgres(deps.DB) {
+			w.cfg.Concurrency = 2
+		}
+	}
 	w.metrics = newMetrics(deps.Registerer, w.cfg.Handlers, w.check)
 	for _, r := range w.cfg.Handlers {
 		for range w.cfg.Concurrency {
