@@ -33,7 +33,7 @@ const (
 	maxCandidates = 2000
 	// maxItems bounds the items of a report.
 	maxItems = 10_000
-	// maxRereads is how many objects of equal version and other content are read again, of one table.
+	// maxRereads is how many objects of one table are read again only because they differ. What differs by the thousand is no moment's lag.
 	maxRereads = 200
 	// maxUnknown is how many rows without an object a sweep asks Clerk for before it takes that for an answer.
 	maxUnknown = 20_000
@@ -463,7 +463,7 @@ func (w *sweep) settle(ctx context.Context, candidates []*candidate) error {
 	}
 	for round := range rounds {
 		var err error
-		if candidates, err = w.again(ctx, candidates, w.opts.Kind == verification && round > 0); err != nil || len(candidates) == 0 {
+		if candidates, err = w.again(ctx, candidates, w.opts.Kind == verification && round == rounds-1); err != nil || len(candidates) == 0 {
 			return err
 		}
 		if round < rounds-1 {
@@ -479,7 +479,7 @@ func (w *sweep) settle(ctx context.Context, candidates []*candidate) error {
 	return w.found(ctx, candidates)
 }
 
-// again reads the rows anew, and the objects where all asks for it or where the row is no explanation, and returns what still differs.
+// again reads the rows anew, and some objects (all, where they are few) for which the row is no explanation, and returns what still differs.
 func (w *sweep) again(ctx context.Context, candidates []*candidate, all bool) ([]*candidate, error) {
 	left, err := w.reread(ctx, candidates)
 	if err != nil {
@@ -488,9 +488,9 @@ func (w *sweep) again(ctx context.Context, candidates []*candidate, all bool) ([
 	var ask []*candidate
 	for _, c := range left {
 		switch {
-		case all, c.verdict.defeated, c.changed:
+		case c.verdict.defeated, c.changed:
 			ask = append(ask, c)
-		case c.verdict.drift == Different && w.rereads < maxRereads:
+		case (all || c.verdict.drift == Different) && clerk.Addressable(w.table) && w.rereads < maxRereads:
 			w.rereads++
 			ask = append(ask, c)
 		}

@@ -24,6 +24,9 @@ type State struct {
 	OpsURL         string    `json:"ops_url"`
 	// SigningSecret is the secret that dev made up; serve writes none.
 	SigningSecret string `json:"signing_secret,omitempty"`
+	// ClerkAPIURL and ClerkSecretKey are the emulated Clerk of a demo, so that verify and reconcile compare with that.
+	ClerkAPIURL    string `json:"clerk_api_url,omitempty"`
+	ClerkSecretKey string `json:"clerk_secret_key,omitempty"`
 }
 
 // ErrNotRunning tells that no dev or serve runs on a data folder.

@@ -1,0 +1,232 @@
+package command
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"io"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"go.uber.org/zap"
+
+	"github.com/usherhq/usher/pkg/clerk"
+	"github.com/usherhq/usher/pkg/config"
+	"github.com/usherhq/usher/pkg/stream"
+	"github.com/usherhq/usher/reconciler"
+)
+
+type reconcileOptions struct {
+	full, dryRun, force bool
+	resources           []string
+	source              string
+	wait                time.Duration
+	output              output
+}
+
+func (c *cli) reconcile() *cobra.Command {
+	var o reconcileOptions
+	cmd := &cobra.Command{
+		Use:   "reconcile",
+		Short: "Compare Clerk's API with the mirror and publish events for what was missed",
+		Long: "reconcile reads Clerk's Backend API and publishes an event for every object that the mirror lacks or has in another\n" +
+			"state; the worker applies them like any other. Without --full it reads what changed since the last run; with it,\n" +
+			"everything. A row is deleted only when Clerk says of that one object that it does not exist; when more than 5% of a\n" +
+			"table or more than 100 rows are unknown to Clerk (a wrong key looks just like that), or when Clerk's count\n" +
+			"contradicts its pages, nothing is deleted and the run stops, unless --force is given.\n\n" +
+			"A run that was interrupted goes on where it was. One sweep runs at a time; this one waits for another.\n\n" +
+			"Exit code 0: done. 1: it was stopped, or --dry-run found drift. 2: it could not compare.",
+		Example: "  usher reconcile\n  usher reconcile --full --dry-run\n  usher reconcile --full --resource users --output json",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			opts := reconciler.Options{Kind: reconciler.Incremental, Resources: o.resources, DryRun: o.dryRun, Force: o.force, Wait: o.wait}
+			if o.full {
+				opts.Kind = reconciler.Full
+			}
+			return c.runReconcile(cmd.Context(), o, opts)
+		},
+	}
+	cmd.Flags().BoolVar(&o.full, "full", false, "compare everything, not only what changed")
+	cmd.Flags().BoolVar(&o.dryRun, "dry-run", false, "look, and publish nothing")
+	cmd.Flags().BoolVar(&o.force, "force", false, "delete whatever Clerk says is gone, however much it is")
+	o.addFlags(cmd)
+	c.settingFlags(cmd, false)
+	return cmd
+}
+
+func (o *reconcileOptions) addFlags(cmd *cobra.Command) {
+	cmd.Flags().StringSliceVar(&o.resources, "resource", nil, "only these: "+strings.Join(clerk.Resources(), ", "))
+	cmd.Flags().StringVar(&o.source, "from", "", "source to read (default: the default source)")
+	cmd.Flags().DurationVar(&o.wait, "wait", time.Minute, "how long to wait for another sweep to end")
+	outputFlag(cmd, &o.output)
+}
+
+func (c *cli) runReconcile(ctx context.Context, o reconcileOptions, opts reconciler.Options) error {
+	r, sweeper, err := c.sweeper(ctx, o, true)
+	if err != nil {
+		return err
+	}
+	defer r.close()
+	sweeps := newSweepProgress(c.env.Stderr)
+	opts.Progress = sweeps.show
+	report, err := sweeper.Reconcile(ctx, opts)
+	sweeps.done()
+	if report != nil {
+		if perr := c.printReport(o.output, report, opts.DryRun, true); perr != nil {
+			return perr
+		}
+	}
+	switch {
+	case err != nil:
+		return err
+	case report.Stopped != "", opts.DryRun && report.Drift.Sum() > 0:
+		return errNo
+	}
+	return nil
+}
+
+// sweeper opens what a sweep needs: database, broker and Clerk's API. publishes is false for one that only looks.
+func (c *cli) sweeper(ctx context.Context, o reconcileOptions, publishes bool) (_ *reach, _ *reconciler.Sweeper, err error) {
+	for _, name := range o.resources {
+		if !slices.Contains(clerk.Resources(), name) {
+			return nil, nil, fmt.Errorf("--resource %s: want %s", name, strings.Join(clerk.Resources(), ", "))
+		}
+	}
+	r, err := c.reach()
+	if err != nil {
+		return nil, nil, err
+	}
+	defer func() {
+		if err != nil {
+			r.close()
+		}
+	}()
+	source, err := r.source(o.source)
+	if err != nil {
+		return nil, nil, err
+	}
+	log, err := c.logger(r.settings)
+	if err != nil {
+		return nil, nil, err
+	}
+	if r.settings.Origin("USHER_LOG_LEVEL") == "default" { // what is found is printed
+		log = log.WithOptions(zap.IncreaseLevel(zap.ErrorLevel))
+	}
+	metrics := reconciler.NewMetrics(nil)
+	client, err := source.Client(log, metrics)
+	if err != nil {
+		return nil, nil, err
+	}
+	r.closers.Add(func() error { client.Close(); return nil })
+	db, err := r.database(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	js, err := r.broker()
+	if err != nil {
+		return nil, nil, err
+	}
+	deps := reconciler.SweepDeps{API: client, DB: db, JS: js, Log: log, Metrics: metrics}
+	if publishes {
+		publisher := stream.NewPublisher(js, r.settings.StreamReplicas)
+		r.closers.Add(func() error { publisher.Close(); return nil })
+		deps.Publisher = publisher
+	}
+	return r, reconciler.NewSweeper(reconciler.SweepConfig{Source: source.Name, InstanceID: source.InstanceID}, deps), nil
+}
+
+// source finds the Clerk instance to read: the emulated one of a running demo, else that of the settings.
+func (r *reach) source(name string) (reconciler.Source, error) {
+	name = cmp.Or(name, r.settings.Source)
+	i := slices.IndexFunc(r.settings.Sources, func(s config.Source) bool { return s.Name == name })
+	if i < 0 {
+		return reconciler.Source{}, fmt.Errorf("--from %s: there is no such source", name)
+	}
+	s := r.settings.Sources[i]
+	source := reconciler.Source{Name: name, APIURL: r.settings.ClerkAPIURL, SecretKey: s.SecretKey, InstanceID: s.InstanceID}
+	if name == r.settings.Source && r.stateErr == nil && r.state.ClerkSecretKey != "" && !r.given("USHER_NATS_URL") {
+		source.APIURL, source.SecretKey, source.Quota = r.state.ClerkAPIURL, r.state.ClerkSecretKey, -1 // an emulator has no other callers
+		return source, nil
+	}
+	if source.SecretKey != "" {
+		return source, nil
+	}
+	if name != r.settings.Source {
+		return source, fmt.Errorf("USHER_SOURCE_%s_SECRET_KEY is not set: without the key of Clerk's Backend API nothing can be compared", strings.ToUpper(name))
+	}
+	return source, fmt.Errorf("CLERK_SECRET_KEY is not set: without the key of Clerk's Backend API nothing can be compared (Clerk's dashboard, API keys)")
+}
+
+// printReport prints what a sweep found.
+func (c *cli) printReport(o output, report *reconciler.Report, dryRun, publishes bool) error {
+	w := c.env.Stdout
+	switch o {
+	case outputJSON:
+		return printJSON(w, report)
+	case outputNDJSON:
+		return printListing(w, o, listing[reconciler.Item]{Items: report.Items}, nil, nil)
+	}
+	t := newTable(w, "resource", "checked")
+	for _, name := range clerk.Resources() {
+		if n, ok := report.Checked[name]; ok {
+			t.row(name, strconv.FormatInt(n, 10))
+		}
+	}
+	if err := t.Flush(); err != nil {
+		return fmt.Errorf("print: %w", err)
+	}
+	d := report.Drift
+	_, _ = fmt.Fprintf(w, "\nmissing %d, stale %d, different %d, extra %d", d.Missing, d.Stale, d.Different, d.Extra)
+	if publishes {
+		_, _ = fmt.Fprintf(w, "; published %d", report.Published)
+	}
+	_, _ = fmt.Fprintln(w)
+	if dryRun {
+		_, _ = fmt.Fprintln(w, "Nothing was published: this was a dry run.")
+	}
+	if err := printItems(w, report.Items); err != nil {
+		return err
+	}
+	if report.Stopped != "" {
+		_, _ = fmt.Fprintln(w, "\nstopped: "+report.Stopped)
+	}
+	return nil
+}
+
+// shownItems is how many objects a table lists.
+const shownItems = 50
+
+func printItems(w io.Writer, items []reconciler.Item) error {
+	if len(items) == 0 {
+		return nil
+	}
+	_, _ = fmt.Fprintln(w)
+	t := newTable(w, "resource", "id", "drift", "field", "mirror", "clerk")
+	for _, item := range items[:min(len(items), shownItems)] {
+		if len(item.Fields) == 0 {
+			t.row(item.Resource, item.ID, string(item.Drift))
+		}
+		for _, f := range item.Fields {
+			t.row(item.Resource, item.ID, string(item.Drift), f.Field, excerpt(f.Mirror), excerpt(f.Clerk))
+		}
+	}
+	if err := t.Flush(); err != nil {
+		return fmt.Errorf("print: %w", err)
+	}
+	if len(items) > shownItems {
+		_, _ = fmt.Fprintf(w, "and %d more (--output json)\n", len(items)-shownItems)
+	}
+	return nil
+}
+
+func excerpt(value []byte) string {
+	const most = 40
+	text := []rune(string(value))
+	if len(text) > most {
+		return string(text[:most]) + "…"
+	}
+	return string(text)
+}

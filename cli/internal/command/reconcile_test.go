@@ -1,0 +1,80 @@
+package command
+
+import (
+	"context"
+	"net/http/httptest"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/usherhq/usher/cli/internal/allinone"
+	"github.com/usherhq/usher/pkg/emulator"
+	"github.com/usherhq/usher/pkg/fixture"
+	"github.com/usherhq/usher/reconciler"
+)
+
+// clerkRoad is a road beside an emulated Clerk, whose API the harness knows.
+func clerkRoad(t *testing.T, databaseURL string, cfg emulator.Config) (*road, *emulator.Clerk, *emulator.API) {
+	t.Helper()
+	r := newRoad(t, databaseURL)
+	clerk := emulator.New(cfg)
+	api := clerk.API(emulator.APIConfig{Key: "sk_live_emulator"})
+	server := httptest.NewServer(api)
+	t.Cleanup(server.Close)
+	// As beside a demo, whose Clerk has no limits.
+	r.env = slices.DeleteFunc(r.env, func(e string) bool { return strings.HasPrefix(e, "USHER_NATS_URL=") })
+	r.pretendRunning(allinone.State{NATSURL: r.nats.URL(), ClerkAPIURL: server.URL + "/v1", ClerkSecretKey: "sk_live_emulator"})
+	return r, clerk, api
+}
+
+// deliver tells a story with faults and waits until the mirror has settled what arrived.
+func (r *road) deliver(clerk *emulator.Clerk, users int, faults emulator.Faults) {
+	r.t.Helper()
+	sender, err := emulator.NewSender(emulator.SenderConfig{URL: r.ingest, Secret: fixture.Secret, Seed: 7, Compress: 1000, Concurrency: 64, Faults: faults})
+	require.NoError(r.t, err)
+	require.NoError(r.t, sender.Deliver(r.t.Context(), clerk.Story(users)))
+	r.quiet()
+}
+
+// quiet waits until the mirror has nothing before it.
+func (r *road) quiet() {
+	r.t.Helper()
+	require.Eventually(r.t, func() bool {
+		consumer, err := r.js.Consumer(r.t.Context(), "CLERK_EVENTS", "mirror")
+		return err == nil && consumer.CachedInfo().NumPending == 0 && consumer.CachedInfo().NumAckPending == 0
+	}, time.Minute, 20*time.Millisecond)
+}
+
+func (h *harness) report(code int, args ...string) reconciler.Report {
+	h.t.Helper()
+	return into[reconciler.Report](h.Run(append(args, "--output", "json")...).want(code))
+}
+
+func TestDriftIsFoundAndHealed(t *testing.T) {
+	t.Parallel()
+	eachDatabase(t, func(t *testing.T, url string) {
+		r, clerk, _ := clerkRoad(t, url, emulator.Config{Seed: 3, NULs: true})
+		r.deliver(clerk, 600, emulator.Faults{Drop: .1, Duplicate: .1, Reorder: .3})
+
+		before := r.report(exitNo, "verify")
+		assert.NotZero(t, before.Drift.Missing, before.Drift)
+		assert.NotZero(t, before.Drift.Stale, before.Drift)
+		assert.NotZero(t, before.Drift.Extra, before.Drift)
+		assert.Zero(t, before.Published)
+		assert.Empty(t, before.Stopped)
+
+		found := r.report(exitOK, "reconcile", "--full", "--force")
+		assert.Equal(t, before.Drift, found.Drift)
+		assert.Equal(t, found.Drift.Sum(), found.Published)
+		r.quiet()
+		after := r.report(exitOK, "verify")
+		assert.Zero(t, after.Drift.Sum())
+		diffs, err := allinone.Compare(context.Background(), r.db, clerk, 20)
+		require.NoError(t, err)
+		t.Log(diffs)
+	})
+}

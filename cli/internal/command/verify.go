@@ -1,0 +1,52 @@
+package command
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"github.com/usherhq/usher/reconciler"
+)
+
+func (c *cli) verify() *cobra.Command {
+	var o reconcileOptions
+	cmd := &cobra.Command{
+		Use:   "verify",
+		Short: "Prove that the mirror is what Clerk has, and change nothing",
+		Long: "verify reads every object of Clerk's Backend API and every row, and prints in which fields they differ. What differs\n" +
+			"is looked at again, up to three times with a pause, and what has an event on its way is not drift: a busy minute\n" +
+			"is no failure.\n\n" +
+			"Exit code 0: the mirror is true. 1: there is drift. 2: it could not check.",
+		Example: "  usher verify\n  usher verify --resource users --output json | jq '.items[]'",
+		Args:    cobra.NoArgs,
+		RunE:    func(cmd *cobra.Command, _ []string) error { return c.runVerify(cmd.Context(), o) },
+	}
+	o.addFlags(cmd)
+	_ = cmd.Flags().MarkHidden("wait") // it takes no turn
+	c.settingFlags(cmd, false)
+	return cmd
+}
+
+func (c *cli) runVerify(ctx context.Context, o reconcileOptions) error {
+	r, sweeper, err := c.sweeper(ctx, o, false)
+	if err != nil {
+		return err
+	}
+	defer r.close()
+	sweeps := newSweepProgress(c.env.Stderr)
+	report, err := sweeper.Verify(ctx, reconciler.Options{Resources: o.resources, Progress: sweeps.show})
+	sweeps.done()
+	if perr := c.printReport(o.output, report, false, false); perr != nil {
+		return perr
+	}
+	switch {
+	case err != nil:
+		return err
+	case report.Stopped != "":
+		return fmt.Errorf("could not check: %s", report.Stopped)
+	case report.Drift.Sum() > 0:
+		return errNo
+	}
+	return nil
+}
