@@ -6,6 +6,8 @@ package audit
 
 import (
 	"context"
+	"crypto/rand"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"time"
@@ -35,15 +37,28 @@ type Log struct {
 
 // Begin writes the row of a run that is about to change something. selector is what was asked for, as flags say it.
 func Begin(ctx context.Context, db *gorm.DB, actor string, action Action, selector string) (*Log, error) {
-	id, err := ksuid.NewRandom()
+	now := time.Now().UTC()
+	id, err := newID(now)
 	if err != nil {
 		return nil, fmt.Errorf("write audit log: %w", err)
 	}
 	const insert = "INSERT INTO audit_log (id, at, actor, action, selector, affected, failed, detail) VALUES (?, ?, ?, ?, ?, 0, 0, ?)"
-	if err := db.WithContext(ctx).Exec(insert, id.String(), time.Now().UTC(), actor, string(action), selector, unfinished).Error; err != nil {
+	if err := db.WithContext(ctx).Exec(insert, id, now, actor, string(action), selector, unfinished).Error; err != nil {
 		return nil, fmt.Errorf("write audit log: %w", err)
 	}
-	return &Log{db: db, id: id.String()}, nil
+	return &Log{db: db, id: id}, nil
+}
+
+// newID sorts by time: a KSUID, which knows the second only, with the nanoseconds in front of what is random.
+func newID(at time.Time) (string, error) {
+	var payload [16]byte
+	binary.BigEndian.PutUint32(payload[:], uint32(at.Nanosecond())) //nolint:gosec // below 10^9
+	_, _ = rand.Read(payload[4:])                                   // never fails
+	id, err := ksuid.FromParts(at, payload[:])
+	if err != nil {
+		return "", fmt.Errorf("make id: %w", err)
+	}
+	return id.String(), nil
 }
 
 // Note says how far the run has come.

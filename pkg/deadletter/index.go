@@ -2,6 +2,7 @@ package deadletter
 
 import (
 	"context"
+	"database/sql/driver"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -246,9 +247,10 @@ func Groups(ctx context.Context, db *gorm.DB, f Filter) ([]Group, error) {
 		min(COALESCE(first_failed_at, processed_at, received_at)) AS first_seen, max(COALESCE(processed_at, received_at)) AS last_seen,
 		max(event_id) AS example_id`).Group("handler, reason, fingerprint")
 	var rows []struct {
-		Group     `gorm:"embedded"`
-		FirstSeen clock
-		LastSeen  clock
+		Fingerprint, Handler, ExampleID, Example string
+		Reason                                   Reason
+		Events, Users                            int
+		FirstSeen, LastSeen                      clock
 	}
 	err := db.WithContext(ctx).Table("(?) AS g", grouped).Joins("JOIN deliveries AS d ON d.handler = g.handler AND d.event_id = g.example_id").
 		Select("g.*, d.error AS example").Order("g.events DESC, g.handler, g.fingerprint").Find(&rows).Error
@@ -256,15 +258,17 @@ func Groups(ctx context.Context, db *gorm.DB, f Filter) ([]Group, error) {
 		return nil, fmt.Errorf("group dead letters: %w", err)
 	}
 	groups := make([]Group, len(rows))
-	for i, row := range rows {
-		groups[i] = row.Group
-		groups[i].FirstSeen, groups[i].LastSeen = row.FirstSeen.Time, row.LastSeen.Time
+	for i, r := range rows {
+		groups[i] = Group{r.Fingerprint, r.Handler, r.Reason, r.Events, r.Users, r.FirstSeen.Time, r.LastSeen.Time, r.ExampleID, r.Example}
 	}
 	return groups, nil
 }
 
 // clock reads a computed time: PostgreSQL gives a time, SQLite the text of one.
 type clock struct{ time.Time }
+
+// Value implements driver.Valuer, which GORM asks for beside Scan.
+func (c clock) Value() (driver.Value, error) { return c.Time, nil }
 
 // Scan implements sql.Scanner.
 func (c *clock) Scan(value any) error {
