@@ -77,7 +77,9 @@ func digest(doc []byte, skip []string) uint64 {
 	return sum
 }
 
-func member(key, value gjson.Result) uint64 { return mix(maphash.String(seed, key.Str), digestValue(value)) }
+func member(key, value gjson.Result) uint64 {
+	return mix(maphash.String(seed, key.Str), digestValue(value))
+}
 
 func digestValue(value gjson.Result) uint64 {
 	switch value.Type {

@@ -169,7 +169,7 @@ type progress struct {
 	Matched   int64    `json:"matched"`
 	Total     int64    `json:"total,omitempty"`
 	Unmatched []string `json:"unmatched,omitempty"`
-	Added     int64    `json:"added,omitempty"` // rows that the published events will add to the mirror, less those that they take away
+	Added     int64    `json:"added,omitempty"`     // rows that the published events will add to the mirror, less those that they take away
 	Watermark int64    `json:"watermark,omitempty"` // ms: the newest change before the run
 	Count     int64    `json:"count"`               // of Clerk's objects
 	Rows      int64    `json:"rows"`                // of the mirror's

@@ -79,7 +79,8 @@ type sweep struct {
 	waiting int                 // candidates in queue
 	met     map[string]struct{} // rows that were found by their id only
 	rereads int
-	saved   time.Time
+	// lastRead is when the last page was read, saved when the last checkpoint was made.
+	lastRead, saved time.Time
 }
 
 // run sweeps the tables that are not done yet.
@@ -401,7 +402,7 @@ func (w *sweep) changes(ctx context.Context, since int64) error {
 
 // push queues the candidates of a page and settles those that have waited long enough.
 func (w *sweep) push(ctx context.Context, s span) error {
-	w.queue = append(w.queue, s)
+	w.queue, w.lastRead = append(w.queue, s), s.readAt
 	w.waiting += len(s.candidates)
 	return w.drain(ctx, false)
 }
@@ -455,28 +456,33 @@ func (w *sweep) drain(ctx context.Context, all bool) error {
 }
 
 // settle looks at candidates again, and counts and publishes what is still drift: rows that changed meanwhile, and
-// objects whose event is on its way, are not.
+// objects whose event is on its way, are not. A verification waits for what is on its way, within its rechecks.
 func (w *sweep) settle(ctx context.Context, candidates []*candidate) error {
-	rounds := 1
-	if w.opts.Kind == verification {
-		rounds = max(1, w.cfg.Rechecks)
-	}
-	for round := range rounds {
-		var err error
-		if candidates, err = w.again(ctx, candidates, w.opts.Kind == verification && round == rounds-1); err != nil || len(candidates) == 0 {
+	var result []*candidate
+	for round := 1; len(candidates) > 0; round++ {
+		left, err := w.again(ctx, candidates, w.opts.Kind == verification)
+		if err != nil {
 			return err
 		}
-		if round < rounds-1 {
-			if err := sleep(ctx, w.cfg.Pause); err != nil {
-				return err
-			}
+		landed, err := w.landed(ctx, left)
+		if err != nil {
+			return err
+		}
+		result = append(result, landed...)
+		candidates = without(left, landed)
+		if w.opts.Kind != verification || round >= w.cfg.Rechecks || len(candidates) == 0 {
+			break
+		}
+		if err := sleep(ctx, w.cfg.Pause); err != nil {
+			return err
 		}
 	}
-	candidates, err := w.landed(ctx, candidates)
-	if err != nil {
-		return err
-	}
-	return w.found(ctx, candidates)
+	return w.found(ctx, result)
+}
+
+// without are the candidates that are not among others.
+func without(candidates, others []*candidate) []*candidate {
+	return slices.DeleteFunc(slices.Clone(candidates), func(c *candidate) bool { return slices.Contains(others, c) })
 }
 
 // again reads the rows anew, and some objects (all, where they are few) for which the row is no explanation, and returns what still differs.
@@ -607,38 +613,41 @@ func (w *sweep) extras(ctx context.Context) error {
 	if len(confirmed) == 0 {
 		return nil
 	}
-	// A delete may be on its way.
-	if err := sleep(ctx, w.cfg.Pause); err != nil {
-		return err
+	if w.opts.Kind == verification { // a delete may be on its way, and is then no drift
+		if err := sleep(ctx, w.cfg.Pause-time.Since(w.lastRead)); err != nil {
+			return err
+		}
 	}
 	for chunk := range slices.Chunk(confirmed, rowPage) {
-		chunk, err := w.stillLiving(ctx, chunk)
-		if err != nil {
-			return err
-		}
-		for round := 0; w.opts.Kind == verification && round < w.cfg.Rechecks && len(chunk) > 0; round++ {
-			landed, err := w.landed(ctx, slices.Clone(chunk))
-			if err != nil {
-				return err
-			}
-			if len(landed) == len(chunk) {
-				break
-			}
-			if err := sleep(ctx, w.cfg.Pause); err != nil {
-				return err
-			}
-			if chunk, err = w.stillLiving(ctx, chunk); err != nil {
-				return err
-			}
-		}
-		if chunk, err = w.landed(ctx, chunk); err != nil {
-			return err
-		}
-		if err := w.found(ctx, chunk); err != nil {
+		if err := w.remove(ctx, chunk); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// remove settles rows whose objects are gone.
+func (w *sweep) remove(ctx context.Context, candidates []*candidate) error {
+	var result []*candidate
+	for round := 1; len(candidates) > 0; round++ {
+		left, err := w.stillLiving(ctx, candidates)
+		if err != nil {
+			return err
+		}
+		landed, err := w.landed(ctx, left)
+		if err != nil {
+			return err
+		}
+		result = append(result, landed...)
+		candidates = without(left, landed)
+		if w.opts.Kind != verification || round >= w.cfg.Rechecks || len(candidates) == 0 {
+			break
+		}
+		if err := sleep(ctx, w.cfg.Pause); err != nil {
+			return err
+		}
+	}
+	return w.found(ctx, result)
 }
 
 // confirm asks Clerk for the object of each living row and returns those for which it says that there is none.

@@ -51,16 +51,18 @@ func (r *road) quiet() {
 
 func (h *harness) report(code int, args ...string) reconciler.Report {
 	h.t.Helper()
+	defer func(began time.Time) { h.t.Log(args, time.Since(began)) }(time.Now())
 	return into[reconciler.Report](h.Run(append(args, "--output", "json")...).want(code))
 }
 
 func TestDriftIsFoundAndHealed(t *testing.T) {
 	t.Parallel()
 	eachDatabase(t, func(t *testing.T, url string) {
-		r, clerk, _ := clerkRoad(t, url, emulator.Config{Seed: 3, NULs: true})
+		r, clerk, api := clerkRoad(t, url, emulator.Config{Seed: 3, NULs: true})
 		r.deliver(clerk, 600, emulator.Faults{Drop: .1, Duplicate: .1, Reorder: .3})
 
 		before := r.report(exitNo, "verify")
+		t.Log(before.Drift, before.Checked, api.Requests())
 		assert.NotZero(t, before.Drift.Missing, before.Drift)
 		assert.NotZero(t, before.Drift.Stale, before.Drift)
 		assert.NotZero(t, before.Drift.Extra, before.Drift)
