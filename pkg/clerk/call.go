@@ -9,6 +9,7 @@ import (
 	"net/url"
 	"regexp"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/cenkalti/backoff/v4"
@@ -25,7 +26,7 @@ const (
 	// longestPause is what is believed of a Retry-After.
 	longestPause = time.Hour
 
-	maxBody = 256 << 20
+	maxBody = 64 << 20 // of which a page needs two or three
 )
 
 // fault is an error of one request.
@@ -110,9 +111,9 @@ func mayPass(err error) bool {
 // call makes one request, within the share and not before Clerk wants one, and returns the body of a 2xx that
 // holds JSON, and when it was asked for.
 // id is the object that the path is about, if it is about one.
-func (c *Client) call(ctx context.Context, method, path string, query url.Values, id string) (body []byte, asked time.Time, err error) {
+func (c *Client) call(ctx context.Context, method, path string, query url.Values, id string) (body string, asked time.Time, err error) {
 	if err := c.admit(ctx); err != nil {
-		return nil, asked, err
+		return "", asked, err
 	}
 	asked = time.Now()
 	body, err = c.request(ctx, method, path, query, id)
@@ -120,14 +121,14 @@ func (c *Client) call(ctx context.Context, method, path string, query url.Values
 	return body, asked, err
 }
 
-func (c *Client) request(ctx context.Context, method, path string, query url.Values, id string) ([]byte, error) {
+func (c *Client) request(ctx context.Context, method, path string, query url.Values, id string) (string, error) {
 	address := c.base + path
 	if len(query) > 0 {
 		address += "?" + query.Encode() // which writes + as %2B
 	}
 	req, err := http.NewRequestWithContext(ctx, method, address, nil)
 	if err != nil {
-		return nil, &fault{kind: ErrUnreadable, cause: errors.New("make request")}
+		return "", &fault{kind: ErrUnreadable, cause: errors.New("make request")}
 	}
 	req.Header.Set("Authorization", "Bearer "+c.key)
 	req.Header.Set("Clerk-API-Version", apiVersion)
@@ -138,20 +139,22 @@ func (c *Client) request(ctx context.Context, method, path string, query url.Val
 	}
 	resp, err := c.http.Do(req)
 	if err != nil {
-		return nil, c.broken(ctx, err)
+		return "", c.broken(ctx, err)
 	}
-	defer resp.Body.Close() //nolint:errcheck // it was only read
-	body, err := io.ReadAll(io.LimitReader(resp.Body, maxBody))
+	defer resp.Body.Close()  //nolint:errcheck // it was only read
+	var body strings.Builder // whose bytes become the string without a copy
+	body.Grow(int(min(max(resp.ContentLength, 512), maxBody)))
+	_, err = io.Copy(&body, io.LimitReader(resp.Body, maxBody))
 	if resp.StatusCode == http.StatusTooManyRequests {
 		c.hold(resp.Header)
 	}
 	if err != nil && resp.StatusCode < 300 {
-		return nil, c.broken(ctx, err)
+		return "", c.broken(ctx, err)
 	}
-	if f := judge(resp.StatusCode, body, id); f != nil {
-		return nil, f
+	if f := judge(resp.StatusCode, body.String(), id); f != nil {
+		return "", f
 	}
-	return body, nil
+	return body.String(), nil
 }
 
 // broken is a request without an answer: the context's error where that ended it.
@@ -169,11 +172,11 @@ func (c *Client) broken(ctx context.Context, err error) error {
 var named = regexp.MustCompile(`with id ['"]?([A-Za-z0-9_-]+)`)
 
 // judge decides what an answer is. The status decides first, the body only where the status leaves a doubt.
-func judge(status int, body []byte, id string) *fault {
+func judge(status int, body string, id string) *fault {
 	f := &fault{status: status}
-	if gjson.ValidBytes(body) {
+	if gjson.Valid(body) {
 		if status >= 400 {
-			f.code = gjson.GetBytes(body, "errors.0.code").Str
+			f.code = gjson.Get(body, "errors.0.code").Str
 		}
 	} else {
 		f.cause = errors.New("the body is not JSON")
@@ -195,7 +198,7 @@ func judge(status int, body []byte, id string) *fault {
 		f.kind = ErrUnreadable
 	case status == http.StatusNotFound && id != "" && f.code == "resource_not_found":
 		f.kind = ErrNotFound
-		if about := named.FindSubmatch([]byte(gjson.GetBytes(body, "errors.0.long_message").Str)); about != nil && string(about[1]) != id {
+		if about := named.FindStringSubmatch(gjson.Get(body, "errors.0.long_message").Str); about != nil && about[1] != id {
 			f.kind, f.cause = ErrUnreadable, errors.New("the answer is about another object")
 		}
 	default:

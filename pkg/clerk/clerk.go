@@ -153,7 +153,7 @@ func (c *Client) Close() { c.http.CloseIdleConnections() }
 type Object struct {
 	ID                   string
 	CreatedAt, UpdatedAt int64           // ms, 0 where the object does not say
-	Raw                  json.RawMessage // whole; it may share memory with the objects of its page
+	Raw                  json.RawMessage // whole
 }
 
 // Get reads one object of a resource that has an address of its own (see [Addressable]; sessions have one too). It is
@@ -182,7 +182,7 @@ func (c *Client) one(ctx context.Context, path, id string) (Object, error) {
 		if err != nil {
 			return Object{}, err
 		}
-		o, err := object(gjson.ParseBytes(body))
+		o, err := object(gjson.Parse(body))
 		if err == nil && o.ID != id {
 			err = fmt.Errorf("another object came: %w", ErrUnreadable)
 		}
@@ -234,7 +234,7 @@ func (c *Client) Count(ctx context.Context, resource string) (int64, error) {
 		if err != nil {
 			return 0, err
 		}
-		total := gjson.GetBytes(body, "total_count")
+		total := gjson.Get(body, "total_count")
 		if total.Type != gjson.Number || total.Int() < 0 {
 			return 0, fmt.Errorf("no total_count: %w", ErrUnreadable)
 		}
@@ -346,7 +346,7 @@ func (c *Client) RefreshPortalURL(ctx context.Context) (string, error) {
 		if err != nil {
 			return "", once(err)
 		}
-		link := gjson.GetBytes(body, "svix_url").Str
+		link := gjson.Get(body, "svix_url").Str
 		if u, err := url.Parse(link); err != nil || u.Scheme != "https" || u.Host == "" {
 			return "", once(fmt.Errorf("no svix_url: %w", ErrUnreadable))
 		}

@@ -28,7 +28,7 @@ func told(users int) *emulator.Clerk {
 	return c
 }
 
-func serve(t *testing.T, c *emulator.Clerk, cfg emulator.APIConfig) *world {
+func serve(t testing.TB, c *emulator.Clerk, cfg emulator.APIConfig) *world {
 	t.Helper()
 	w := &world{Clerk: c, api: c.API(cfg)}
 	server := httptest.NewServer(w.api)
@@ -38,7 +38,7 @@ func serve(t *testing.T, c *emulator.Clerk, cfg emulator.APIConfig) *world {
 }
 
 // reader is a client without a limit.
-func (w *world) reader(t *testing.T, change ...func(*clerk.Config)) *clerk.Client {
+func (w *world) reader(t testing.TB, change ...func(*clerk.Config)) *clerk.Client {
 	t.Helper()
 	cfg := clerk.Config{BaseURL: w.url, SecretKey: emulator.DefaultKey, Quota: -1}
 	for _, do := range change {
@@ -102,4 +102,3 @@ func TestEveryResourceIsReadWhole(t *testing.T) {
 		})
 	}
 }
-

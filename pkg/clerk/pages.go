@@ -129,16 +129,21 @@ func (c *Client) Pages(ctx context.Context, resource string, order Order, cursor
 
 // walk is a way through one list.
 type walk struct {
-	c      *Client
-	path   string
-	query  url.Values
-	order  Order
-	sorted bool
-	cursor bool
-	pos    position
-	kept   map[string]struct{} // the last ones, or all where the list is not sorted
-	ring   []mark
-	ahead  *answer // the page after, where it was read to know whether there is one
+	c       *Client
+	path    string
+	query   url.Values
+	order   Order
+	sorted  bool
+	cursor  bool
+	growing bool // at its end, and nobody says how long it is
+	pos     position
+	kept    map[string]struct{} // the last ones, or all where the list is not sorted
+	ring    []mark
+	ahead   *answer // the page after, where it was read to know whether there is one
+	// goal is the key of the object that was the newest when the walk began: behind it a page that is not full is the
+	// last. Without it, a list that keeps growing would have no end.
+	goal  mark
+	aimed bool
 	// Of a sorted list, what is before this key has been passed.
 	floor   int64
 	floored bool
@@ -168,7 +173,7 @@ func (c *Client) walk(name string, order Order, cursor string) (*walk, error) {
 	}
 	w := &walk{
 		c: c, path: r.path, query: url.Values{}, order: order, sorted: Sorted(name, order),
-		cursor: r.cursor && order == Created, pos: position{Resource: name, Order: order}, kept: map[string]struct{}{},
+		cursor: r.cursor && order == Created, growing: r.array && order == Created, pos: position{Resource: name, Order: order}, kept: map[string]struct{}{},
 	}
 	switch {
 	case order == Updated:
@@ -288,6 +293,31 @@ func (w *walk) inOrder(objects []Object) error {
 
 // read reads the next page and tells whether it is the last.
 func (w *walk) read(ctx context.Context) (a answer, last bool, err error) {
+	if w.growing && !w.aimed {
+		newest, err := w.c.list(ctx, w.path, url.Values{"order_by": {"-created_at"}}, -1, 1)
+		if err != nil {
+			return answer{}, false, err
+		}
+		if len(newest.objects) > 0 {
+			w.goal = mark{id: newest.objects[0].ID, key: newest.objects[0].CreatedAt}
+		}
+		w.aimed = true
+	}
+	a, last, err = w.step(ctx)
+	if err != nil || !last || w.goal.id == "" || w.reached(a.objects) {
+		return a, last, err
+	}
+	// The list ended before the one that was its newest. Then that one must have left.
+	if _, err := w.c.one(ctx, w.path+"/"+w.goal.id, w.goal.id); err == nil {
+		return answer{}, false, fmt.Errorf("the list ends before %s, which is there: %w", w.goal.id, ErrUnreadable)
+	} else if !errors.Is(err, ErrNotFound) {
+		return answer{}, false, err
+	}
+	return a, true, nil
+}
+
+// step is read without the question whether the end is believable.
+func (w *walk) step(ctx context.Context) (a answer, last bool, err error) {
 	if w.cursor && !w.c.withoutCursor.Load() {
 		a, last, err = w.readAfter(ctx)
 		if !errors.Is(err, errNoCursor) {
@@ -301,8 +331,8 @@ func (w *walk) read(ctx context.Context) (a answer, last bool, err error) {
 // errNoCursor says that starting_after does not work. It never leaves the package.
 var errNoCursor = errors.New("no cursor")
 
-// readAfter reads the page after the last object by the cursor. A page that is not full is not yet the last: the
-// one after it must be empty.
+// readAfter reads the page after the last object by the cursor. A page that is not full is not yet the last: it must reach
+// the goal, or the one after it must be empty.
 func (w *walk) readAfter(ctx context.Context) (answer, bool, error) {
 	a := w.ahead
 	w.ahead = nil
@@ -320,7 +350,9 @@ func (w *walk) readAfter(ctx context.Context) (answer, bool, error) {
 	if len(a.objects) == pageLimit {
 		return *a, false, nil
 	}
-	before := w.last()
+	if w.reached(a.objects) {
+		return *a, true, nil
+	}
 	ids := make([]string, 0, len(a.objects))
 	for i := range a.objects {
 		ids = append(ids, a.objects[i].ID)
@@ -330,17 +362,21 @@ func (w *walk) readAfter(ctx context.Context) (answer, bool, error) {
 		return answer{}, false, err
 	}
 	if len(rest.objects) > 0 && len(a.objects) == defaultLimit {
-		// Ten, and more behind them: somebody signed up this moment, or our limit is not understood.
-		again, err := w.after(ctx, before)
-		if err != nil {
-			return answer{}, false, err
-		}
-		if len(again.objects) <= defaultLimit {
-			return answer{}, false, fmt.Errorf("asked for %d objects a page, got %d and there are more: %w", pageLimit, len(again.objects), ErrUnreadable)
-		}
+		return answer{}, false, errTen
 	}
 	w.ahead = &rest
 	return *a, len(rest.objects) == 0, nil
+}
+
+// errTen is what a list does whose limit was not understood.
+var errTen = fmt.Errorf("asked for %d objects a page, got %d and there are more: %w", pageLimit, defaultLimit, ErrUnreadable)
+
+// reached tells whether a page, or those before it, hold the newest object of when the walk began, or younger ones.
+func (w *walk) reached(objects []Object) bool {
+	if w.goal.id == "" {
+		return false
+	}
+	return len(w.ring) > 0 && w.pos.Key >= w.goal.key || len(objects) > 0 && w.key(&objects[len(objects)-1]) >= w.goal.key
 }
 
 // last are the ids of the objects read last, newest last.
@@ -417,20 +453,19 @@ func (w *walk) readFrom(ctx context.Context) (answer, bool, error) {
 		return a, true, nil
 	case len(a.objects) == pageLimit:
 		return a, false, nil
+	case w.reached(a.objects):
+		return a, true, nil
 	}
-	// Nobody says how long the list is. It ends here if nothing follows.
+	// Nobody says how long the list is. It ends here if nothing new follows.
 	rest, err := w.from(ctx, end)
 	if err != nil {
 		return answer{}, false, err
 	}
+	rest.objects = slices.DeleteFunc(rest.objects, func(o Object) bool {
+		return w.passed(&o) || slices.ContainsFunc(a.objects, func(other Object) bool { return other.ID == o.ID })
+	})
 	if len(rest.objects) > 0 && len(a.objects) == defaultLimit {
-		again, err := w.from(ctx, offset)
-		if err != nil {
-			return answer{}, false, err
-		}
-		if len(again.objects) <= defaultLimit {
-			return answer{}, false, fmt.Errorf("asked for %d objects a page, got %d and there are more: %w", pageLimit, len(again.objects), ErrUnreadable)
-		}
+		return answer{}, false, errTen
 	}
 	// What follows is read again with its overlap: between the two requests the list may have moved.
 	return a, len(rest.objects) == 0, nil
@@ -486,9 +521,9 @@ func (c *Client) list(ctx context.Context, path string, query url.Values, offset
 	})
 }
 
-func readList(body []byte, offset, limit int) (answer, error) {
+func readList(body string, offset, limit int) (answer, error) {
 	a := answer{total: -1}
-	list := gjson.ParseBytes(body)
+	list := gjson.Parse(body)
 	if list.IsObject() {
 		total := list.Get("total_count")
 		if list = list.Get("data"); total.Exists() {

@@ -96,6 +96,13 @@ func (a *API) Next(moods ...Mood) {
 	a.script = append(a.script, moods...)
 }
 
+// Pending is how many scripted moods are left.
+func (a *API) Pending() int {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return len(a.script)
+}
+
 const gatewayPage = "<html>\r\n<head><title>502 Bad Gateway</title></head>\r\n<body>\r\n<center><h1>502 Bad Gateway</h1></center>\r\n<hr><center>cloudflare</center>\r\n</body>\r\n</html>\r\n"
 
 // spoil answers a request in a mood that leaves nothing of the real answer, and tells whether it did.
