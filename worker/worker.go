@@ -14,6 +14,7 @@ import (
 
 	"github.com/usherhq/usher/pkg/config"
 	"github.com/usherhq/usher/pkg/database"
+	"github.com/usherhq/usher/pkg/deadletter"
 	"github.com/usherhq/usher/pkg/observe"
 	"github.com/usherhq/usher/pkg/stream"
 )
@@ -150,7 +151,7 @@ func (w *Worker) Run(ctx context.Context) error {
 			group.Go(func() error { return l.run(groupCtx) })
 		}
 	}
-	for _, watch := range []func(context.Context){w.watchLag, w.watchDatabase, w.clean} {
+	for _, watch := range []func(context.Context){w.watchLag, w.watchDatabase, w.clean, w.sweepLetters} {
 		group.Go(func() error {
 			watch(groupCtx)
 			return nil
@@ -234,6 +235,33 @@ func (w *Worker) watchLag(ctx context.Context) {
 				info := consumer.CachedInfo()
 				w.metrics.pending.WithLabelValues(name).Set(float64(info.NumPending) + float64(info.NumAckPending))
 			}
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+	}
+}
+
+// sweepEvery is how often the dead letters are compared with their index.
+const sweepEvery = time.Minute
+
+// sweepLetters makes the dead letters and their index agree again after a crash between the two.
+func (w *Worker) sweepLetters(ctx context.Context) {
+	sweeper := deadletter.NewSweeper(w.deps.JetStream, w.deps.DB)
+	log := w.deps.Log.With(zap.String("service", "worker"))
+	ticker := time.NewTicker(sweepEvery)
+	defer ticker.Stop()
+	for {
+		swept, err := sweeper.Sweep(ctx)
+		switch {
+		case ctx.Err() != nil:
+			return
+		case err != nil:
+			log.Warn("dead letters not compared with their index", zap.Error(err))
+		case swept.Indexed+swept.Deleted > 0:
+			log.Info("dead letters and their index agree again", zap.Int("indexed", swept.Indexed), zap.Int("deleted", swept.Deleted))
 		}
 		select {
 		case <-ctx.Done():

@@ -32,6 +32,11 @@ type ledger struct {
 	MirrorEqual     *bool                           `json:"mirror_equal"`
 	EventsPerSecond float64                         `json:"events_per_second"`
 	Latency         struct{ P50, P99 float64 }      `json:"latency_ms"`
+	Faults          struct {
+		RetriedThenApplied int      `json:"retried_then_applied"`
+		DeadLettered       []string `json:"dead_lettered"`
+		Replayed           int      `json:"replayed"`
+	} `json:"faults"`
 }
 
 func TestDemoEndsInABalancedLedger(t *testing.T) {
@@ -56,6 +61,10 @@ func TestDemoEndsInABalancedLedger(t *testing.T) {
 			assert.Equal(t, l.Accepted, mirror.Applied+mirror.DeadLettered)
 			require.NotNil(t, l.MirrorEqual)
 			assert.True(t, *l.MirrorEqual)
+			assert.Equal(t, 3, l.Faults.RetriedThenApplied)
+			assert.Len(t, l.Faults.DeadLettered, 1)
+			assert.Equal(t, 1, l.Faults.Replayed, "repaired and replayed")
+			assert.Zero(t, mirror.DeadLettered, "after the replay nothing is dead")
 			assert.Positive(t, l.EventsPerSecond)
 			assert.Positive(t, l.Latency.P99)
 			assert.EqualValues(t, 60, l.Rows["users"])

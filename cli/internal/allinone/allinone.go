@@ -42,7 +42,9 @@ type Config struct {
 	Ephemeral bool
 	// SigningSecret is written to the state file, for `usher trigger`: only for a secret that dev made up.
 	SigningSecret string
-	Log           *zap.Logger
+	// ChangeWorker changes how the worker works; nil: as the settings say.
+	ChangeWorker func(*worker.Config)
+	Log          *zap.Logger
 }
 
 // Instance is a running Usher.
@@ -219,7 +221,11 @@ func (i *Instance) open(b brokerAccess) error {
 	if err != nil {
 		return err
 	}
-	w, err := worker.New(worker.ConfigFrom(s), worker.Deps{JetStream: workerJS, DB: i.DB, Log: log, Registerer: i.Registry, Health: i.Health})
+	workerConfig := worker.ConfigFrom(s)
+	if i.cfg.ChangeWorker != nil {
+		i.cfg.ChangeWorker(&workerConfig)
+	}
+	w, err := worker.New(workerConfig, worker.Deps{JetStream: workerJS, DB: i.DB, Log: log, Registerer: i.Registry, Health: i.Health})
 	if err != nil {
 		return err //nolint:wrapcheck // says what it did
 	}

@@ -17,7 +17,7 @@ import (
 // them, one line each: every living object must be there, whole and alive, every deleted one a tombstone. Rows
 // of objects that the emulator never had are not looked at, since the database may be shared.
 func Compare(ctx context.Context, db *gorm.DB, clerk *emulator.Clerk, limit int) ([]string, error) {
-	var diffs []string
+	diffs := []string{}
 	for _, table := range emulator.Tables() {
 		rows, err := db.WithContext(ctx).Table(table).Select("id, CASE WHEN deleted_at IS NULL THEN 0 ELSE 1 END, raw").Rows()
 		if err != nil {

@@ -43,6 +43,7 @@ type demoReport struct {
 	EventsPerSecond float64               `json:"events_per_second"`
 	Latency         latencySum            `json:"latency_ms"` // receipt to row
 	Balanced        bool                  `json:"balanced"`
+	Faults          faultStory            `json:"faults"`
 }
 
 type handlerSum struct {
@@ -63,7 +64,7 @@ type latencySum struct {
 }
 
 // demo tells a story with faults and prints the ledger. The error is errNo where the ledger does not balance.
-func (c *cli) demo(ctx context.Context, i *allinone.Instance, settings *config.Settings, o devOptions, info io.Writer) error {
+func (c *cli) demo(ctx context.Context, i *allinone.Instance, settings *config.Settings, faults *demoFaults, o devOptions, info io.Writer) error {
 	report := demoReport{Seed: cmp.Or(o.seed, rand.Uint64())}
 	clerk := emulator.New(emulator.Config{
 		Seed: report.Seed, InstanceID: settings.ClerkInstanceID, Start: time.Now().Add(-24 * time.Hour), NULs: true,
@@ -100,6 +101,9 @@ func (c *cli) demo(ctx context.Context, i *allinone.Instance, settings *config.S
 		return err
 	}
 	progress.done()
+	if report.Faults, err = faults.tell(ctx, i, start, info); err != nil {
+		return err
+	}
 	if err := report.fill(ctx, i.DB, start, sender.Ledger(), clerk); err != nil {
 		return err
 	}
@@ -108,7 +112,7 @@ func (c *cli) demo(ctx context.Context, i *allinone.Instance, settings *config.S
 	} else if err := printJSON(c.env.Stdout, report); err != nil {
 		return err
 	}
-	if !report.Balanced || !report.MirrorEqual {
+	if !report.Balanced || !report.MirrorEqual || report.Faults.Replayed != len(report.Faults.DeadLettered) {
 		return errNo
 	}
 	return nil

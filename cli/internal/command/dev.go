@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"go.uber.org/zap"
 
 	"github.com/usherhq/usher/cli/internal/allinone"
 )
@@ -27,8 +28,8 @@ func (c *cli) dev() *cobra.Command {
 		Short: "Run everything in one process, to try and to develop, and leave nothing behind",
 		Long: "dev runs Usher with an embedded broker and a throw-away database (or USHER_DATABASE_URL, which it does keep), and\n" +
 			"makes up a signing secret where none is set. With --demo an offline Clerk tells a story of sign-ups, sessions,\n" +
-			"organizations and deletions with all event types, delivers 5% of the events twice and 10% out of order, and a\n" +
-			"ledger shows what became of every one.",
+			"organizations and deletions with all event types, delivers 5% of the events twice and 10% out of order; some\n" +
+			"fail twice, one is dead-lettered, repaired and replayed; and a ledger shows what became of every one.",
 		Example: "  usher dev\n  usher dev --demo\n  usher dev --demo --exit --output json\n  usher trigger user.created   # in another terminal",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -63,13 +64,21 @@ func (c *cli) runDev(ctx context.Context, o devOptions) (err error) {
 	if o.output != outputTable {
 		info = c.env.Stderr
 	}
-	return c.run(ctx, allinone.Config{
+	cfg := allinone.Config{
 		Settings: settings, Mode: "dev", Dir: dir, Ephemeral: true, SigningSecret: made, Log: log,
-	}, func(ctx context.Context, i *allinone.Instance) error {
+	}
+	faults := &demoFaults{attempts: map[string]int{}}
+	if o.demo {
+		cfg.ChangeWorker = faults.change
+		if c.flags["USHER_LOG_LEVEL"] == devLogLevel {
+			cfg.Log = zap.NewNop() // the demo tells its failures itself
+		}
+	}
+	return c.run(ctx, cfg, func(ctx context.Context, i *allinone.Instance) error {
 		_, _ = fmt.Fprintf(info, "Usher is ready (%.1f s).\n\n", time.Since(start).Seconds())
 		banner(info, i, settings, made)
 		if o.demo {
-			if err := c.demo(ctx, i, settings, o, info); err != nil || o.exit {
+			if err := c.demo(ctx, i, settings, faults, o, info); err != nil || o.exit {
 				return err
 			}
 		}

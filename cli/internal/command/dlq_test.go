@@ -40,7 +40,7 @@ type yard struct {
 func newYard(t *testing.T, databaseURL string, handlers ...worker.Registration) *yard {
 	t.Helper()
 	y := &yard{nats: natstest.New(t)}
-	y.harness = newHarness(t, "USHER_NATS_URL="+y.nats.URL(), "USHER_DATABASE_URL="+databaseURL, "USER=ada")
+	y.harness = newHarness(t, "USHER_NATS_URL="+y.nats.URL(), "USHER_DATABASE_URL="+databaseURL, "USHER_STREAM_MAX_BYTES=4GiB", "USER=ada")
 	y.Run("setup").want(exitOK)
 	y.db = openDatabase(t, databaseURL)
 	_, y.js = y.nats.Connect()

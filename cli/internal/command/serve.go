@@ -81,6 +81,9 @@ func (c *cli) run(ctx context.Context, cfg allinone.Config, work func(context.Co
 	return err //nolint:wrapcheck // says what it did
 }
 
+// devLogLevel is dev's where nobody asks for another.
+const devLogLevel = "warn"
+
 // devSettings are the settings with what dev makes up: a signing secret and a throw-away database.
 func (c *cli) devSettings(secret string) (settings *config.Settings, dir, made string, err error) {
 	settings, err = c.settings()
@@ -95,7 +98,7 @@ func (c *cli) devSettings(secret string) (settings *config.Settings, dir, made s
 		c.flags["USHER_DATABASE_URL"] = "sqlite:" + filepath.Join(dir, "usher.db")
 	}
 	if settings.Origin("USHER_LOG_LEVEL") == "default" {
-		c.flags["USHER_LOG_LEVEL"] = "warn"
+		c.flags["USHER_LOG_LEVEL"] = devLogLevel
 	}
 	settings, err = c.settings()
 	return settings, dir, made, err

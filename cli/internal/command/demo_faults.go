@@ -1,0 +1,128 @@
+package command
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"sync"
+	"time"
+
+	"gorm.io/gorm"
+
+	"github.com/usherhq/usher/cli/internal/allinone"
+	"github.com/usherhq/usher/pkg/deadletter"
+	"github.com/usherhq/usher/pkg/event"
+	"github.com/usherhq/usher/pkg/replay"
+	"github.com/usherhq/usher/worker"
+)
+
+// demoFlaky is how many events of the demo fail twice and then pass.
+const demoFlaky = 3
+
+// faultStory is what the demo's faults came to.
+type faultStory struct {
+	RetriedThenApplied int      `json:"retried_then_applied"` // events that failed twice and passed at their third attempt
+	DeadLettered       []string `json:"dead_lettered"`        // events that never passed, until the repair
+	Replayed           int      `json:"replayed"`             // of these, applied by a replay after the repair
+}
+
+// demoFaults makes some events fail: the first few user.updated twice each, the first organization.updated always, until
+// it is repaired.
+type demoFaults struct {
+	worker.Handler
+	mu       sync.Mutex
+	attempts map[string]int // of flaky events
+	broken   string         // the event that never passes
+	repaired bool
+}
+
+// change puts the faults into the mirror's handler, and takes a schedule of retries that fits a demo.
+func (f *demoFaults) change(c *worker.Config) {
+	c.Attempts, c.RetryInitial, c.RetryMax = 5, 100*time.Millisecond, 400*time.Millisecond
+	c.Handlers = worker.Handlers()
+	for i, r := range c.Handlers {
+		if r.Handler.Name() == "mirror" {
+			f.Handler, c.Handlers[i].Handler = r.Handler, f
+		}
+	}
+}
+
+// Handle implements worker.Handler.
+func (f *demoFaults) Handle(ctx context.Context, tx *gorm.DB, batch []event.Event) error {
+	if err := f.strike(batch); err != nil {
+		return err
+	}
+	return f.Handler.Handle(ctx, tx, batch) //nolint:wrapcheck // transparent
+}
+
+func (f *demoFaults) strike(batch []event.Event) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, e := range batch {
+		switch e.Type {
+		case "user.updated":
+			n, known := f.attempts[e.ID]
+			if !known && len(f.attempts) >= demoFlaky {
+				continue
+			}
+			if n < 2 {
+				if len(batch) == 1 { // in a batch it is not known yet who failed
+					n++
+				}
+				f.attempts[e.ID] = n
+				return errors.New("demo: this event fails twice")
+			}
+		case "organization.updated":
+			if f.broken == "" {
+				f.broken = e.ID
+			}
+			if f.broken == e.ID && !f.repaired {
+				return errors.New("demo: this event fails until the handler is repaired")
+			}
+		}
+	}
+	return nil
+}
+
+// tell shows the dead letter, repairs the handler and replays it, as an operator would with `usher dlq`.
+func (f *demoFaults) tell(ctx context.Context, i *allinone.Instance, start time.Time, info io.Writer) (faultStory, error) {
+	story := faultStory{DeadLettered: []string{}}
+	f.mu.Lock()
+	flaky := make([]string, 0, len(f.attempts))
+	for id := range f.attempts {
+		flaky = append(flaky, id)
+	}
+	f.mu.Unlock()
+	var passed int64
+	err := deliveriesSince(i.DB.WithContext(ctx), start).Where("event_id IN ? AND status = 'processed' AND attempts = 3", flaky).Count(&passed).Error
+	if err != nil {
+		return story, fmt.Errorf("count retried events: %w", err)
+	}
+	story.RetriedThenApplied = int(passed)
+	filter := deadletter.Filter{Handler: "mirror", Since: start}
+	letters, _, err := deadletter.List(ctx, i.DB, filter, "", 100)
+	if err != nil {
+		return story, err //nolint:wrapcheck // says what it did
+	}
+	_, _ = fmt.Fprintf(info, "\nFaults: %d events failed twice and passed at their third attempt.\n", story.RetriedThenApplied)
+	for _, l := range letters {
+		story.DeadLettered = append(story.DeadLettered, l.EventID)
+		_, _ = fmt.Fprintf(info, "Dead letter: %s %s, %d attempts, %s: %s\n", l.EventID, l.Type, l.Attempts, l.Reason, l.Error)
+	}
+	if len(letters) == 0 {
+		return story, nil
+	}
+	f.mu.Lock()
+	f.repaired = true
+	f.mu.Unlock()
+	result, err := deadletter.Replay(ctx, i.JS, i.DB, filter, replay.Options{}, func(deadletter.Result) {})
+	if err != nil {
+		return story, err //nolint:wrapcheck // says what it did
+	}
+	story.Replayed = result.Applied
+	slices.Sort(story.DeadLettered)
+	_, _ = fmt.Fprintf(info, "The handler is repaired (usher dlq replay): %d of %d replayed and applied.\n\n", story.Replayed, len(letters))
+	return story, nil
+}
