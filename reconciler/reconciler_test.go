@@ -2,6 +2,7 @@ package reconciler_test
 
 import (
 	"context"
+	"os"
 	"testing"
 	"time"
 
@@ -18,7 +19,13 @@ import (
 	"github.com/usherhq/usher/reconciler"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m, dbtest.IgnoreLeaks()...) }
+func TestMain(m *testing.M) {
+	if os.Getenv("RECONCILER_CHILD") != "" {
+		child()
+		return
+	}
+	goleak.VerifyTestMain(m, dbtest.IgnoreLeaks()...)
+}
 
 func TestStartsIsReadyOnceTheStreamIsThereAndStops(t *testing.T) {
 	t.Parallel()

@@ -169,7 +169,8 @@ type progress struct {
 	Matched   int64    `json:"matched"`
 	Total     int64    `json:"total,omitempty"`
 	Unmatched []string `json:"unmatched,omitempty"`
-	Added     int64    `json:"added,omitempty"`     // rows that the published events will add to the mirror, less those that they take away
+	Unlisted  int64    `json:"unlisted,omitempty"`  // objects that live and are in no page
+	Defeated  int64    `json:"defeated,omitempty"`  // objects that live behind a tombstone that is newer
 	Watermark int64    `json:"watermark,omitempty"` // ms: the newest change before the run
 	Count     int64    `json:"count"`               // of Clerk's objects
 	Rows      int64    `json:"rows"`                // of the mirror's

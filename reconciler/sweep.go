@@ -174,7 +174,12 @@ func (w *sweep) full(ctx context.Context) error {
 	if err := w.counted(before, after); err != nil {
 		return err
 	}
-	return w.extras(ctx)
+	if err := w.extras(ctx); err != nil {
+		return err
+	}
+	// What the mirror will have once all is applied. A difference that remains has a reason that a sweep cannot take away.
+	w.at.Rows = w.at.Checked + w.at.Unlisted - w.at.Defeated
+	return nil
 }
 
 // counted stops the run where what was swept is not what Clerk counts, give or take what may have come and gone meanwhile.
@@ -358,18 +363,17 @@ func (w *sweep) incremental(ctx context.Context) error {
 	if w.at.Count, w.at.Rows = count, rows; count-rows == last.Count-last.Rows {
 		return nil
 	}
-	if busy, _, err := w.backlog(ctx); err != nil || busy {
-		return err // the next run will see
+	busy, _, err := w.backlog(ctx)
+	if err != nil {
+		return err
+	}
+	if busy { // the next run will see
+		w.at.Count, w.at.Rows = last.Count, last.Rows
+		return nil
 	}
 	w.log.Info("counts differ, sweeping whole", zap.String("resource", w.table), zap.Int64("clerk", count), zap.Int64("mirror", rows))
 	w.at.Checked, w.at.Matched = 0, 0
-	if err := w.full(ctx); err != nil {
-		return err
-	}
-	// What remains of the difference has a reason that a sweep cannot take away; only a new difference is worth a new one.
-	// What was published is not applied yet, so it counts as if it were.
-	w.at.Rows = rows + w.at.Added
-	return nil
+	return w.full(ctx)
 }
 
 func (w *sweep) changes(ctx context.Context, since int64) error {
@@ -674,6 +678,7 @@ func (w *sweep) confirm(ctx context.Context, ids []string) ([]*candidate, error)
 			continue
 		}
 		w.at.Matched++
+		w.at.Unlisted++
 		if c.verdict = compare(w.table, c.object, c.row); c.verdict.drift != "" {
 			there = append(there, c)
 		}
@@ -724,12 +729,8 @@ func (w *sweep) found(ctx context.Context, candidates []*candidate) error {
 	for i := range drifts {
 		d := &drifts[i]
 		w.report.Drift.add(d.drift)
-		switch {
-		case d.eventID == "":
-		case d.drift == Missing:
-			w.at.Added++
-		case d.drift == Extra:
-			w.at.Added--
+		if d.defeated {
+			w.at.Defeated++
 		}
 		item := Item{Resource: w.table, ID: d.id, Drift: d.drift, EventType: string(d.event.Type), EventID: d.eventID, Fields: d.fields}
 		if len(w.report.Items) < maxItems {

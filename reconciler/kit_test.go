@@ -1,0 +1,193 @@
+package reconciler_test
+
+import (
+	"context"
+	"net/http/httptest"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/stretchr/testify/require"
+	"go.uber.org/zap"
+	"gorm.io/gorm"
+
+	"github.com/usherhq/usher/pkg/clerk"
+	"github.com/usherhq/usher/pkg/database"
+	"github.com/usherhq/usher/pkg/emulator"
+	"github.com/usherhq/usher/pkg/event"
+	"github.com/usherhq/usher/pkg/mirror"
+	"github.com/usherhq/usher/pkg/natstest"
+	"github.com/usherhq/usher/pkg/stream"
+	"github.com/usherhq/usher/reconciler"
+)
+
+// world is an emulated Clerk with its API, a broker, a database, and a hand that applies events as the worker does.
+type world struct {
+	t      *testing.T
+	clerk  *emulator.Clerk
+	api    *emulator.API
+	server *httptest.Server
+	nats   *natstest.Server
+	js     jetstream.JetStream
+	db     *gorm.DB
+	seq    uint64 // applied from the stream so far
+}
+
+const key = "sk_test_world"
+
+func newWorld(t *testing.T, db *gorm.DB, cfg emulator.APIConfig) *world {
+	t.Helper()
+	w := &world{t: t, clerk: emulator.New(emulator.Config{Seed: 5}), nats: natstest.New(t), db: db}
+	_, w.js = w.nats.Setup(stream.HandlerSpec{Name: "mirror"})
+	w.serve(cfg)
+	return w
+}
+
+// serve opens an API, in place of the one before.
+func (w *world) serve(cfg emulator.APIConfig) {
+	w.t.Helper()
+	cfg.Key = key
+	w.api = w.clerk.API(cfg)
+	w.server = httptest.NewServer(w.api)
+	w.t.Cleanup(w.server.Close)
+}
+
+func (w *world) source() reconciler.Source {
+	return reconciler.Source{Name: "clerk", APIURL: w.server.URL + "/v1", SecretKey: key, Quota: -1}
+}
+
+// sweeper is one as a process has it.
+func (w *world) sweeper(change ...func(*reconciler.SweepConfig)) *reconciler.Sweeper {
+	w.t.Helper()
+	metrics := reconciler.NewMetrics(nil)
+	client, err := w.source().Client(zap.NewNop(), metrics)
+	require.NoError(w.t, err)
+	w.t.Cleanup(client.Close)
+	return w.sweeperOf(client, change...)
+}
+
+func (w *world) sweeperOf(api reconciler.API, change ...func(*reconciler.SweepConfig)) *reconciler.Sweeper {
+	w.t.Helper()
+	publisher := stream.NewPublisher(w.js, 1)
+	w.t.Cleanup(publisher.Close)
+	cfg := reconciler.SweepConfig{Source: "clerk", Pause: 20 * time.Millisecond, LeaseTTL: 2 * time.Second}
+	for _, f := range change {
+		f(&cfg)
+	}
+	return reconciler.NewSweeper(cfg, reconciler.SweepDeps{API: api, DB: w.db, JS: w.js, Publisher: publisher, Log: zap.NewNop()})
+}
+
+// tell tells a story and applies those of its events that keep says.
+func (w *world) tell(users int, keep func(emulator.Event) bool) {
+	w.t.Helper()
+	var events []emulator.Event
+	for e := range w.clerk.Story(users) {
+		if keep(e) {
+			events = append(events, e)
+		}
+	}
+	w.deliver(events...)
+}
+
+func all(emulator.Event) bool { return true }
+
+// deliver applies events as if they had come by webhook.
+func (w *world) deliver(events ...emulator.Event) {
+	w.t.Helper()
+	batch := make([]event.Event, len(events))
+	for i, e := range events {
+		decoded, err := event.Decode(e.Body)
+		require.NoError(w.t, err)
+		decoded.ID, decoded.Source, decoded.Origin, decoded.ReceivedAt = e.ID, "clerk", event.OriginWebhook, time.Now()
+		batch[i] = decoded
+	}
+	require.NoError(w.t, apply(w.t.Context(), w.db, batch))
+}
+
+// apply is the worker's transaction.
+func apply(ctx context.Context, db *gorm.DB, batch []event.Event) error {
+	return database.InTx(ctx, db, func(tx *gorm.DB) error {
+		for i := range batch {
+			err := tx.Exec(`INSERT INTO deliveries (handler, event_id, type, source, origin, status, received_at) VALUES ('mirror', ?, ?, ?, ?, 'processed', ?) ON CONFLICT DO NOTHING`,
+				batch[i].ID, batch[i].Type, batch[i].Source, batch[i].Origin, time.Now().UTC()).Error
+			if err != nil {
+				return err
+			}
+		}
+		return mirror.Apply(ctx, tx, batch)
+	})
+}
+
+// settle applies and acks what lies in the stream, and returns it.
+func (w *world) settle() []event.Event {
+	w.t.Helper()
+	consumer, err := w.js.Consumer(w.t.Context(), stream.Events, "mirror")
+	require.NoError(w.t, err)
+	var applied []event.Event
+	for {
+		batch, err := consumer.FetchNoWait(500)
+		require.NoError(w.t, err)
+		var events []event.Event
+		for msg := range batch.Messages() {
+			meta, err := msg.Metadata()
+			require.NoError(w.t, err)
+			e, err := stream.Parse(msg.Headers(), msg.Data(), meta.Sequence.Stream)
+			require.NoError(w.t, err)
+			events = append(events, e)
+			require.NoError(w.t, msg.DoubleAck(w.t.Context()))
+		}
+		if len(events) == 0 {
+			return applied
+		}
+		require.NoError(w.t, apply(w.t.Context(), w.db, events))
+		applied = append(applied, events...)
+	}
+}
+
+func (w *world) verify() *reconciler.Report {
+	w.t.Helper()
+	report, err := w.sweeper().Verify(w.t.Context(), reconciler.Options{})
+	require.NoError(w.t, err)
+	return report
+}
+
+func (w *world) full(opts reconciler.Options) (*reconciler.Report, error) {
+	w.t.Helper()
+	opts.Kind = reconciler.Full
+	return w.sweeper().Reconcile(w.t.Context(), opts)
+}
+
+// living are the ids of the rows that live.
+func (w *world) living(table string) map[string]bool {
+	w.t.Helper()
+	var ids []string
+	require.NoError(w.t, w.db.Table(table).Where("deleted_at IS NULL").Pluck("id", &ids).Error)
+	living := map[string]bool{}
+	for _, id := range ids {
+		living[id] = true
+	}
+	return living
+}
+
+// nobodyWronged asserts that every living object that was mirrored still is.
+func (w *world) nobodyWronged(before map[string]bool) {
+	w.t.Helper()
+	now := w.living("users")
+	for o := range w.clerk.Objects("users") {
+		if before[o.ID] {
+			require.True(w.t, now[o.ID], "%s lives at Clerk and was deleted", o.ID)
+		}
+	}
+}
+
+var _ reconciler.API = (*clerk.Client)(nil)
+
+// publishWebhook stores an event as ingest does.
+func publishWebhook(t *testing.T, w *world, e emulator.Event) {
+	t.Helper()
+	decoded, err := event.Decode(e.Body)
+	require.NoError(t, err)
+	decoded.ID, decoded.Source, decoded.Origin, decoded.ReceivedAt = e.ID, "clerk", event.OriginWebhook, time.Now()
+	_, err = w.js.PublishMsg(t.Context(), stream.Message(&decoded))
+	require.NoError(t, err)
+}
