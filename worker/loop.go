@@ -66,8 +66,10 @@ func newLoop(w *Worker, h Handler) *loop {
 	}
 }
 
-// prefetchBytes bounds what the client library holds ahead of the loop.
-const prefetchBytes = 16 << 20
+// prefetchBytes bounds what the client library holds ahead of the loop. It is a limit of bytes and not of messages, because
+// the library drops what comes when as many messages as the limit wait to be taken, the broker's own words included: in
+// an outage events were lost from sight until AckWait. Half of it must hold the largest event.
+const prefetchBytes = 4 << 20
 
 // run consumes until ctx is done. It opens the consumer again, with backoff, whenever that is lost.
 func (l *loop) run(ctx context.Context) error {
@@ -104,7 +106,7 @@ func (l *loop) consume(ctx context.Context) error {
 		return fmt.Errorf("open consumer %s: %w", l.handler.Name(), err)
 	}
 	iter, err := consumer.Messages(
-		jetstream.PullMaxMessagesWithBytesLimit(2*l.cfg.BatchSize, prefetchBytes),
+		jetstream.PullMaxBytes(prefetchBytes),
 		jetstream.PullHeartbeat(5*time.Second), jetstream.PullExpiry(30*time.Second))
 	if err != nil {
 		return fmt.Errorf("pull from consumer %s: %w", l.handler.Name(), err)
