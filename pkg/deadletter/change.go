@@ -67,7 +67,8 @@ func Replay(ctx context.Context, js jetstream.JetStream, db *gorm.DB, f Filter, 
 	}
 	o.Progress(run.Progress())
 	if errors.Is(err, replay.ErrFailing) || errors.Is(err, replay.ErrStalled) {
-		result.Stopped, err = err.Error(), nil
+		result.Stopped = err.Error()
+		return result, nil
 	}
 	return result, err
 }
@@ -251,10 +252,11 @@ func mark(ctx context.Context, db *gorm.DB, letters []held, set string, args fun
 		return cmp.Or(cmp.Compare(a.Handler, b.Handler), cmp.Compare(a.EventID, b.EventID))
 	})
 	changed := 0
+	// The status stands inside the CASE, so that PostgreSQL takes the key and not the partial index of all that is dead.
 	err := db.WithContext(ctx).Transaction(func(tx *gorm.DB) error {
 		for _, l := range letters {
 			values := append(args(l), l.Handler, l.EventID, int64(l.LetterSeq)) //nolint:gosec // a sequence stays far below 2^63
-			result := tx.Exec("UPDATE deliveries SET "+set+" WHERE handler = ? AND event_id = ? AND status = 'dead' AND COALESCE(letter_seq, 0) = ?", values...)
+			result := tx.Exec("UPDATE deliveries SET "+set+" WHERE handler = ? AND event_id = ? AND CASE WHEN status = 'dead' THEN COALESCE(letter_seq, 0) END = ?", values...)
 			if result.Error != nil {
 				return result.Error
 			}
