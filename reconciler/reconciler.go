@@ -197,7 +197,7 @@ func (r *Reconciler) Run(ctx context.Context) error {
 	defer group.Wait()
 	group.Go(func() { r.presence.Run(ctx) })
 	if len(r.sources) == 0 {
-		r.log.Warn("CLERK_SECRET_KEY is not set: nothing is reconciled, and silence is not noticed")
+		r.log.Info("no key of Clerk's API (CLERK_SECRET_KEY): nothing is reconciled, and silence is not noticed")
 		<-ctx.Done()
 		return nil
 	}

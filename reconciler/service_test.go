@@ -77,6 +77,7 @@ func TestAnotherProcessGoesOnWithTheSweepOfAKilledOne(t *testing.T) {
 	}
 	require.Contains(t, first.Holder, fmt.Sprintf("/%d/", processes[leader].Process.Pid))
 	assert.Zero(t, sweeping[1-leader].Load(), "two sweeps at once")
+	w.api.SetMoods(nil)
 	killed := time.Now()
 	require.NoError(t, processes[leader].Process.Kill())
 	_ = processes[leader].Wait()

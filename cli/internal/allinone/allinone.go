@@ -42,6 +42,10 @@ type Config struct {
 	Ephemeral bool
 	// SigningSecret is written to the state file, for `usher trigger`: only for a secret that dev made up.
 	SigningSecret string
+	// ClerkAPIURL and ClerkSecretKey are of an emulated Clerk, for the state file. The reconciler then does not sweep by itself: a story
+	// that is being told is not drift, and the ledger counts what was sent.
+	ClerkAPIURL    string
+	ClerkSecretKey string
 	// ChangeWorker changes how the worker works; nil: as the settings say.
 	ChangeWorker func(*worker.Config)
 	Log          *zap.Logger
@@ -102,7 +106,7 @@ func New(ctx context.Context, cfg Config) (_ *Instance, err error) {
 	}
 	i.State.PID, i.State.Mode, i.State.StartedAt = os.Getpid(), cfg.Mode, time.Now().UTC()
 	i.State.NATSURL, i.State.DatabaseURL, i.State.DatabaseSchema = b.url, absoluteDatabase(s.DatabaseURL), s.DatabaseSchema
-	i.State.SigningSecret = cfg.SigningSecret
+	i.State.SigningSecret, i.State.ClerkAPIURL, i.State.ClerkSecretKey = cfg.SigningSecret, cfg.ClerkAPIURL, cfg.ClerkSecretKey
 	if err := i.State.write(s.DataDir); err != nil {
 		return nil, err
 	}
@@ -230,6 +234,9 @@ func (i *Instance) open(b brokerAccess) error {
 		return err //nolint:wrapcheck // says what it did
 	}
 	recConfig := reconciler.ConfigFrom(s)
+	if i.cfg.ClerkSecretKey != "" {
+		recConfig.Sources = nil
+	}
 	recConfig.NATSURL, recConfig.NATSCreds, recConfig.NATSOptions = b.url, b.creds, b.options
 	rec, err := reconciler.New(recConfig, reconciler.Deps{DB: i.DB, Log: log, Registerer: i.Registry, Health: i.Health})
 	if err != nil {

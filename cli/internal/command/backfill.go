@@ -65,7 +65,7 @@ func (p *sweepProgress) show(now reconciler.Progress) {
 			p.bar.ChangeMax64(total)
 		}
 		_ = p.bar.Set64(now.Done)
-	case time.Since(p.last) >= 2*time.Second:
+	case time.Since(p.last) >= 2*time.Second && now.Done < now.Total:
 		p.last = time.Now()
 		p.line()
 	}

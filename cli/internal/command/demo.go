@@ -1,11 +1,9 @@
 package command
 
 import (
-	"cmp"
 	"context"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"slices"
 	"strconv"
 	"time"
@@ -64,11 +62,8 @@ type latencySum struct {
 }
 
 // demo tells a story with faults and prints the ledger. The error is errNo where the ledger does not balance.
-func (c *cli) demo(ctx context.Context, i *allinone.Instance, settings *config.Settings, faults *demoFaults, o devOptions, info io.Writer) error {
-	report := demoReport{Seed: cmp.Or(o.seed, rand.Uint64())}
-	clerk := emulator.New(emulator.Config{
-		Seed: report.Seed, InstanceID: settings.ClerkInstanceID, Start: time.Now().Add(-24 * time.Hour), NULs: true,
-	})
+func (c *cli) demo(ctx context.Context, i *allinone.Instance, settings *config.Settings, faults *demoFaults, o devOptions, clerk *emulator.Clerk, info io.Writer) error {
+	report := demoReport{Seed: o.seed}
 	sender, err := emulator.NewSender(emulator.SenderConfig{
 		URL: i.State.IngestURL, Secret: settings.WebhookSigningSecret[0], Seed: report.Seed, Compress: 1000, Concurrency: 64,
 		Faults: emulator.Faults{Duplicate: demoDuplicate, Reorder: demoReorder},

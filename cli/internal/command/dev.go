@@ -1,10 +1,14 @@
 package command
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/base64"
 	"fmt"
+	mathrand "math/rand/v2"
+	"net"
+	"net/http"
 	"os"
 	"time"
 
@@ -12,6 +16,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/usherhq/usher/cli/internal/allinone"
+	"github.com/usherhq/usher/pkg/emulator"
 )
 
 type devOptions struct {
@@ -67,23 +72,48 @@ func (c *cli) runDev(ctx context.Context, o devOptions) (err error) {
 	cfg := allinone.Config{
 		Settings: settings, Mode: "dev", Dir: dir, Ephemeral: true, SigningSecret: made, Log: log,
 	}
+	var clerk *emulator.Clerk
 	faults := &demoFaults{attempts: map[string]int{}}
 	if o.demo {
 		cfg.ChangeWorker = faults.change
 		if c.flags["USHER_LOG_LEVEL"] == devLogLevel {
 			cfg.Log = zap.NewNop() // the demo tells its failures itself
 		}
+		o.seed = cmp.Or(o.seed, mathrand.Uint64())
+		clerk = emulator.New(emulator.Config{Seed: o.seed, InstanceID: settings.ClerkInstanceID, Start: time.Now().Add(-24 * time.Hour), NULs: true})
+		cfg.ClerkSecretKey = "sk_test_" + base64.RawURLEncoding.EncodeToString(key)
+		var stop func()
+		if cfg.ClerkAPIURL, stop, err = serveClerk(ctx, clerk, cfg.ClerkSecretKey); err != nil {
+			return err
+		}
+		defer stop()
 	}
 	return c.run(ctx, cfg, func(ctx context.Context, i *allinone.Instance) error {
 		_, _ = fmt.Fprintf(info, "Usher is ready (%.1f s).\n\n", time.Since(start).Seconds())
 		banner(info, i, settings, made)
 		if o.demo {
-			if err := c.demo(ctx, i, settings, faults, o, info); err != nil || o.exit {
+			if err := c.demo(ctx, i, settings, faults, o, clerk, info); err != nil || o.exit {
 				return err
 			}
 		}
-		_, _ = fmt.Fprintf(info, "Try `usher trigger user.created` and `usher events list` in another terminal. Stop with Ctrl-C (process %d).\n", os.Getpid())
+		_, _ = fmt.Fprintf(info, "Try `usher trigger user.created`, `usher verify` and `usher events list` in another terminal. Stop with Ctrl-C (process %d).\n", os.Getpid())
 		<-ctx.Done()
 		return nil
 	})
+}
+
+// serveClerk serves the Backend API of an emulated Clerk on a loopback port, so that `usher verify` can compare a demo's mirror
+// with it.
+func serveClerk(ctx context.Context, clerk *emulator.Clerk, key string) (url string, stop func(), err error) {
+	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", nil, fmt.Errorf("serve the emulated Clerk: %w", err)
+	}
+	server := &http.Server{Handler: clerk.API(emulator.APIConfig{Key: key}), ReadHeaderTimeout: 5 * time.Second}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_ = server.Serve(listener) // ends with stop
+	}()
+	return "http://" + listener.Addr().String() + "/v1", func() { _ = server.Close(); <-done }, nil
 }
