@@ -1,0 +1,84 @@
+package worker_test
+
+import (
+	"fmt"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"gorm.io/gorm"
+
+	"github.com/usherhq/usher/pkg/dbtest"
+	"github.com/usherhq/usher/pkg/event"
+	"github.com/usherhq/usher/worker"
+	"github.com/usherhq/usher/worker/internal/faults"
+)
+
+// TestFloodOfFailingEventsLeavesHealthyOnesAlone: 20,000 events fail at every attempt and come again and again, while a
+// healthy event comes now and then. The flood ends when its cause does, and nothing of it is lost.
+func TestFloodOfFailingEventsLeavesHealthyOnesAlone(t *testing.T) {
+	// Parallel with nobody but each other: it measures time.
+	const flood, limit = 20_000, 2 * time.Second
+	for name, open := range map[string]func(testing.TB) *gorm.DB{"postgres": dbtest.Postgres, "sqlite": dbtest.SQLite} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var healed atomic.Bool
+			cfg := worker.Config{Attempts: 1000, RetryInitial: time.Second, RetryMax: 4 * time.Second}
+			r := newRig(t, open(t), cfg, func(h worker.Handler) worker.Handler {
+				return faults.Fail(h, faults.Always, func(e *event.Event) bool { return strings.HasPrefix(e.ID, "bad") && !healed.Load() }, faults.ErrFault)
+			})
+			r.work()
+			r.send("warm_0")
+			r.ledger(30 * time.Second)
+			started := time.Now()
+			r.send(ids("bad", flood)...)
+			arrived := time.Since(started)
+			tail := r.latency("tail")
+			waiting := func() int64 {
+				var n int64
+				require.NoError(t, r.db.Table("deliveries").Where("status = 'retrying'").Count(&n).Error)
+				return n
+			}
+			require.Eventually(t, func() bool { return waiting() == flood }, 60*time.Second, 20*time.Millisecond)
+			taken := time.Since(started)
+			var worst time.Duration
+			cpu, measured := processorTime(t), time.Now()
+			for i := range 25 { // over several rounds of the schedule
+				took := r.latency(fmt.Sprintf("healthy_%d", i))
+				worst = max(worst, took)
+				time.Sleep(max(0, 250*time.Millisecond-took))
+			}
+			busy := float64(processorTime(t)-cpu) / float64(time.Since(measured))
+			assert.Less(t, worst, limit)
+			t.Logf("%d events in %s, each failed once after %s; a healthy event behind them took %s, while they were retried at most %s; %.2f processors",
+				flood, arrived.Round(time.Millisecond), taken.Round(time.Millisecond), tail.Round(time.Millisecond), worst.Round(time.Millisecond), busy)
+			healed.Store(true)
+			_, dead := r.ledger(60 * time.Second)
+			assert.Empty(t, dead)
+		})
+	}
+}
+
+// latency sends one event and returns how long it took to be applied.
+func (r *rig) latency(id string) time.Duration {
+	r.t.Helper()
+	start := time.Now()
+	r.send(id)
+	require.Eventually(r.t, func() bool {
+		var n int64
+		return r.db.Table("deliveries").Where("handler = 'effects' AND event_id = ? AND status = 'processed'", id).Count(&n).Error == nil && n == 1
+	}, 60*time.Second, 5*time.Millisecond)
+	return time.Since(start)
+}
+
+// processorTime is what this process used so far: worker, broker and test.
+func processorTime(t *testing.T) time.Duration {
+	t.Helper()
+	var u syscall.Rusage
+	require.NoError(t, syscall.Getrusage(syscall.RUSAGE_SELF, &u))
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}

@@ -1,0 +1,228 @@
+package worker_test
+
+import (
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"gorm.io/gorm"
+
+	"github.com/usherhq/usher/pkg/dbtest"
+	"github.com/usherhq/usher/pkg/event"
+	"github.com/usherhq/usher/pkg/natstest"
+	"github.com/usherhq/usher/pkg/stream"
+	"github.com/usherhq/usher/worker"
+	"github.com/usherhq/usher/worker/internal/faults"
+)
+
+func (r *rig) streamState() jetstream.StreamState {
+	r.t.Helper()
+	s, err := r.js.Stream(r.t.Context(), stream.Events)
+	require.NoError(r.t, err)
+	return s.CachedInfo().State
+}
+
+func TestPurgeRemovesOnlyWhatIsOldAndSettled(t *testing.T) {
+	t.Parallel()
+	cfg := worker.Config{Retention: time.Second, PurgeInterval: 100 * time.Millisecond}
+	var hold chan struct{}
+	r := newRig(t, dbtest.SQLite(t), cfg, func(h worker.Handler) worker.Handler {
+		hold = make(chan struct{})
+		return faults.Fail(h, faults.Always, func(e *event.Event) bool {
+			if e.ID != "stuck" {
+				return false
+			}
+			select {
+			case <-hold:
+				return false
+			default:
+				return true
+			}
+		}, worker.RetryAfter(faults.ErrFault, 200*time.Millisecond))
+	})
+	r.cfg.Attempts = 1000
+	// A developer's consumer sleeps at the first event and holds nothing up.
+	_, err := r.js.CreateConsumer(t.Context(), stream.Events, jetstream.ConsumerConfig{Durable: "listen-ada", AckPolicy: jetstream.AckExplicitPolicy})
+	require.NoError(t, err)
+	r.work()
+	r.send(ids("old", 300)...)
+	r.send("stuck")
+	r.send(ids("behind", 300)...)
+	sent := time.Now()
+	require.Eventually(t, func() bool { return r.streamState().FirstSeq == 301 }, 20*time.Second, 10*time.Millisecond, "everything before the event that is not settled goes")
+	assert.Greater(t, time.Since(sent), 900*time.Millisecond, "nothing goes before its time")
+	r.send(ids("young", 100)...)
+	require.Never(t, func() bool { return r.streamState().FirstSeq != 301 }, 500*time.Millisecond, 50*time.Millisecond, "what is not settled stays, however old, and what came after it")
+	close(hold)
+	require.Eventually(t, func() bool { return r.streamState().Msgs == 0 }, 20*time.Second, 10*time.Millisecond)
+	r.ledger(20 * time.Second)
+	assert.NotZero(t, r.logs.FilterMessage("stream purged").Len())
+}
+
+// TestPurgeCountsEveryHandler: the slowest handler decides, and the ack floor of one whose events are rare does not.
+func TestPurgeCountsEveryHandler(t *testing.T) {
+	t.Parallel()
+	db := dbtest.SQLite(t)
+	srv := natstest.New(t)
+	all, rare := faults.NewEffects(t, db, "all"), faults.NewEffects(t, db, "rare")
+	specs := []stream.HandlerSpec{{Name: "all"}, {Name: "rare", Filters: []string{"session.>"}}, {Name: "asleep"}}
+	_, js := srv.Setup(specs...)
+	r := &rig{bundle: &bundle{t: t, db: db, js: js}, nats: srv, broker: faults.NewBroker(js), cfg: worker.Config{
+		Handlers: []worker.Registration{{Handler: all}, {Handler: rare, Filters: specs[1].Filters}}, Retention: time.Millisecond, PurgeInterval: 50 * time.Millisecond,
+	}}
+	asleep := faults.NewEffects(t, db, "asleep")
+	r.cfg.Handlers = append(r.cfg.Handlers, worker.Registration{Handler: asleep})
+	require.NoError(t, js.DeleteConsumer(t.Context(), stream.Events, "asleep")) // not set up: nobody knows how far it is
+	for i := range 100 {
+		r.publish(fmt.Sprintf("msg_%d", i), user("user_1"))
+	}
+	r.work()
+	require.Never(t, func() bool { return r.streamState().Msgs != 100 }, time.Second, 50*time.Millisecond)
+	_, err := js.CreateConsumer(t.Context(), stream.Events, (stream.Topology{}).Consumer(specs[2]))
+	require.NoError(t, err)
+	require.Eventually(t, func() bool { return r.streamState().Msgs == 0 }, 20*time.Second, 20*time.Millisecond)
+	assert.Len(t, asleep.Count(t), 100)
+	assert.Empty(t, rare.Count(t))
+}
+
+func TestFullStreamDrainsByItself(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, dbtest.SQLite(t), worker.Config{Retention: 500 * time.Millisecond, PurgeInterval: 100 * time.Millisecond}, nil)
+	s, err := r.js.Stream(t.Context(), stream.Events)
+	require.NoError(t, err)
+	tiny := s.CachedInfo().Config
+	tiny.MaxBytes = 256 << 10
+	_, err = r.js.UpdateStream(t.Context(), tiny)
+	require.NoError(t, err)
+	p := stream.NewPublisher(r.js, 1)
+	t.Cleanup(p.Close)
+	publish := func(id string) error {
+		_, err := p.Publish(t.Context(), userEvent(id))
+		return err
+	}
+	n := 0
+	for ; err == nil; n++ {
+		err = publish(fmt.Sprintf("fill_%d", n))
+		if err == nil {
+			r.accepted = append(r.accepted, fmt.Sprintf("fill_%d", n))
+		}
+	}
+	require.ErrorIs(t, err, stream.ErrFull, "which ingest answers with 503 stream_full")
+	r.work()
+	require.Eventually(t, func() bool { return publish("after") == nil }, 20*time.Second, 20*time.Millisecond)
+	r.accepted = append(r.accepted, "after")
+	r.ledger(20 * time.Second)
+}
+
+func TestFullDeadLetterStreamKeepsTheEventAndStopsNobody(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, dbtest.SQLite(t), worker.Config{RetryMax: 300 * time.Millisecond, RetryInitial: time.Millisecond}, func(h worker.Handler) worker.Handler {
+		return faults.Fail(h, faults.Always, func(e *event.Event) bool { return strings.HasPrefix(e.ID, "bad") }, worker.Permanent(faults.ErrFault))
+	})
+	s, err := r.js.Stream(t.Context(), stream.DeadLetters)
+	require.NoError(t, err)
+	cfg := s.CachedInfo().Config
+	was := cfg.MaxBytes
+	cfg.MaxBytes = 1
+	_, err = r.js.UpdateStream(t.Context(), cfg)
+	require.NoError(t, err)
+	r.work()
+	r.send(ids("bad", 20)...)
+	r.send(ids("fine", 20)...)
+	require.Eventually(t, func() bool { return len(r.effects.Count(t)) == 20 && r.logs.FilterMessageSnippet("dead letter has no room").Len() > 0 }, 20*time.Second, 10*time.Millisecond)
+	assert.Empty(t, r.health.Problems(), "the handler still works")
+	cfg.MaxBytes = was
+	_, err = r.js.UpdateStream(t.Context(), cfg)
+	require.NoError(t, err)
+	_, dead := r.ledger(30 * time.Second)
+	assert.Len(t, dead, 20)
+}
+
+func TestDeliveriesAreForgottenInSmallStepsAndNotTooSoon(t *testing.T) {
+	t.Parallel()
+	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {
+		r := newRig(t, db, worker.Config{Retention: time.Hour, PurgeInterval: 50 * time.Millisecond}, nil)
+		day := 24 * time.Hour
+		insert := func(id, status string, age time.Duration) {
+			at := time.Now().Add(-age).UTC()
+			require.NoError(t, db.Exec("INSERT INTO deliveries (handler, event_id, type, source, origin, status, received_at, processed_at) VALUES ('effects', ?, 't', 's', 'webhook', ?, ?, ?)", id, status, at, at).Error)
+		}
+		for i := range 2500 {
+			insert(fmt.Sprintf("gone_%d", i), "processed", 91*day)
+		}
+		insert("gone_discarded", "discarded", 91*day)
+		insert("gone_dead", "dead", 181*day)
+		insert("stays_processed", "processed", 89*day)
+		insert("stays_discarded", "discarded", 89*day)
+		insert("stays_dead", "dead", 179*day)
+		insert("stays_retrying", "retrying", 400*day)
+		r.send("stays_new")
+		r.work()
+		require.Eventually(t, func() bool {
+			var n int64
+			return db.Table("deliveries").Where("event_id LIKE 'gone%'").Count(&n).Error == nil && n == 0
+		}, 30*time.Second, 20*time.Millisecond)
+		var left int64
+		require.NoError(t, db.Table("deliveries").Where("event_id LIKE 'stays%'").Count(&left).Error)
+		assert.EqualValues(t, 5, left)
+	})
+}
+
+// TestDiskFullFreezesTheStreamUntilARestart holds what the operator's page says of a full disk to the broker's behaviour.
+func TestDiskFullFreezesTheStreamUntilARestart(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=24m"); err != nil {
+		t.Skipf("skipped: cannot mount a small file system: %v", err)
+	}
+	t.Cleanup(func() { _ = syscall.Unmount(dir, syscall.MNT_DETACH) })
+	r := &rig{effects: faults.NewEffects(t, dbtest.SQLite(t), "effects")}
+	srv := natstest.New(t, natstest.WithSync, func(o *server.Options) { o.StoreDir = filepath.Join(dir, "nats") })
+	_, js := srv.Connect()
+	_, err := (stream.Topology{Replicas: 1, MaxBytes: 1 << 30, Handlers: []stream.HandlerSpec{{Name: "effects"}}}).Ensure(t.Context(), js)
+	require.NoError(t, err)
+	r.bundle, r.nats, r.broker = &bundle{t: t, js: js}, srv, faults.NewBroker(js)
+	p := stream.NewPublisher(js, 1)
+	t.Cleanup(p.Close)
+	body := []byte(fmt.Sprintf(`{"type":"user.created","data":{"id":"user_1","pad":%q}}`, strings.Repeat("x", 200<<10)))
+	var accepted []string
+	publish := func(id string) error {
+		e, err := event.Decode(body)
+		require.NoError(t, err)
+		e.ID, e.Source, e.ReceivedAt = id, "clerk", time.Now()
+		if _, err = p.Publish(t.Context(), &e); err == nil {
+			accepted = append(accepted, id)
+		}
+		return err
+	}
+	for i := 0; err == nil && i < 500; i++ {
+		err = publish(fmt.Sprintf("fill_%d", i))
+	}
+	require.ErrorIs(t, err, stream.ErrUnavailable, "no ack, no 2xx")
+	assert.NotEqual(t, "ok", srv.Server().Healthz(nil).Status, "the broker knows")
+
+	// Room alone does not help; a restart does.
+	require.NoError(t, syscall.Mount("tmpfs", dir, "tmpfs", syscall.MS_REMOUNT, "size=128m"))
+	require.ErrorIs(t, publish("frozen"), stream.ErrUnavailable)
+	srv.Stop()
+	srv.Start()
+	require.Eventually(t, js.Conn().IsConnected, 20*time.Second, 10*time.Millisecond)
+	require.Eventually(t, func() bool { return publish("again") == nil }, 20*time.Second, 50*time.Millisecond)
+	s, err := js.Stream(t.Context(), stream.Events)
+	require.NoError(t, err)
+	state := s.CachedInfo().State
+	assert.GreaterOrEqual(t, state.Msgs, uint64(len(accepted)))
+	for seq := state.FirstSeq; seq <= state.LastSeq; seq++ {
+		if _, err := s.GetMsg(t.Context(), seq); !errors.Is(err, jetstream.ErrMsgNotFound) {
+			require.NoError(t, err)
+		}
+	}
+}
