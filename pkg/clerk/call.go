@@ -59,7 +59,7 @@ func once(err error) error {
 	if errors.Is(err, ErrLimited) {
 		return err
 	}
-	return backoff.Permanent(err)
+	return backoff.Permanent(err) //nolint:wrapcheck // a mark
 }
 
 // Code is Clerk's own code of an error, such as organization_not_enabled_in_instance; empty where Clerk gave none.
@@ -87,7 +87,7 @@ func retry[T any](ctx context.Context, c *Client, do func(context.Context) (T, e
 		default:
 			err = backoff.Permanent(err)
 		}
-		return result, err
+		return result, err //nolint:wrapcheck // marked, and callers wrap it
 	}, backoff.WithContext(backoff.WithMaxRetries(exponential, tries-1), ctx), func(err error, delay time.Duration) {
 		c.log.Warn("call of Clerk's API failed, will retry", zap.Error(err), zap.Duration("delay", delay))
 	})
@@ -97,7 +97,7 @@ func retry[T any](ctx context.Context, c *Client, do func(context.Context) (T, e
 	if ended := ctx.Err(); ended != nil {
 		err = ended // whatever the last try said, this is why there is no other
 	}
-	return result, err //nolint:wrapcheck // ours, or the context's; callers wrap it
+	return result, err // ours, or the context's; callers wrap it
 }
 
 type patienceKey struct{}
@@ -141,7 +141,7 @@ func (c *Client) request(ctx context.Context, method, path string, query url.Val
 	if err != nil {
 		return "", c.broken(ctx, err)
 	}
-	defer resp.Body.Close()  //nolint:errcheck // it was only read
+	defer resp.Body.Close()  // it was only read
 	var body strings.Builder // whose bytes become the string without a copy
 	body.Grow(int(min(max(resp.ContentLength, 512), maxBody)))
 	_, err = io.Copy(&body, io.LimitReader(resp.Body, maxBody))
@@ -244,7 +244,7 @@ func (c *Client) rest(ctx context.Context) error {
 			return nil
 		}
 		if limit, ok := ctx.Value(patienceKey{}).(time.Time); ok && until.After(limit) {
-			return backoff.Permanent(&fault{kind: ErrLimited, cause: fmt.Errorf("clerk wants no requests for %s", time.Until(until).Round(time.Second))})
+			return backoff.Permanent(&fault{kind: ErrLimited, cause: fmt.Errorf("clerk wants no requests for %s", time.Until(until).Round(time.Second))}) //nolint:wrapcheck // a mark
 		}
 		timer := time.NewTimer(time.Until(until))
 		select {

@@ -14,6 +14,16 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
+// crowded is an instance with a small story and about so many users besides.
+func crowded(users int) *emulator.Clerk {
+	c := told(60)
+	one := alive(c, "users")[0]
+	for range users {
+		c.Twin("users", one)
+	}
+	return c
+}
+
 // world is an instance with a story and its API.
 type world struct {
 	*emulator.Clerk
@@ -73,7 +83,7 @@ func alive(c *emulator.Clerk, table string) (ids []string) {
 
 func TestEveryResourceIsReadWhole(t *testing.T) {
 	t.Parallel()
-	w := serve(t, told(1200), emulator.APIConfig{})
+	w := serve(t, crowded(700), emulator.APIConfig{})
 	c := w.reader(t)
 	for _, resource := range clerk.Resources() {
 		t.Run(resource, func(t *testing.T) {

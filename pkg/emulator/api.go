@@ -81,7 +81,7 @@ func (c *Clerk) API(cfg APIConfig) *API {
 	}
 	a := &API{
 		cfg: cfg, clerk: c, mux: http.NewServeMux(), rates: cfg.Moods, windows: map[string]*window{}, paths: map[string]int{},
-		rng: rand.New(rand.NewPCG(cfg.Seed, 0x617069)), //nolint:gosec // seeded on purpose
+		rng: rand.New(rand.NewPCG(cfg.Seed, 0x617069)), // seeded on purpose
 	}
 	for path, serve := range map[string]func(*call){
 		"GET /v1/users":                               a.users,

@@ -53,7 +53,7 @@ func (c *call) listing(cursor bool, orders []string) (listing, bool) {
 		}
 		return n, true
 	}
-	ok := true
+	var ok bool
 	if c.has("limit") {
 		if l.limit, ok = number("limit", 1); !ok {
 			return l, false
@@ -274,7 +274,7 @@ func (c *call) spoilPage(page []Object) []Object {
 
 func (c *call) spoilCount(n int) int {
 	off := max(1, n/10)
-	switch c.mood { //nolint:exhaustive // the others leave counts as they are
+	switch c.mood { // the others leave counts as they are
 	case CountLow:
 		return max(0, n-off)
 	case CountHigh:
@@ -498,10 +498,10 @@ func (c *call) onlyUsers(more ...string) bool {
 
 func (a *API) countUsers(c *call) {
 	choose, ok := c.userFilter()
-	if !ok || !c.onlyUsers() {
+	if !ok || !c.onlyUsers("limit", "offset", "order_by") { // the SDK sends those of the page too
 		return
 	}
-	n := 0
+	var n int
 	switch {
 	case c.crowd != nil && choose == nil:
 		n = c.crowd.Size()

@@ -120,7 +120,7 @@ func (a *API) spoil(w http.ResponseWriter, mood Mood) bool {
 	case Unavailable:
 		a.problem(w, http.StatusServiceUnavailable, "internal_clerk_error", "Oops, an unexpected error occurred", "There was an internal error on our servers.", "")
 	case Redirect:
-		w.WriteHeader(http.StatusFound)
+		w.WriteHeader(http.StatusNotModified)
 	case Empty:
 		w.WriteHeader(http.StatusOK)
 	case Garbled:

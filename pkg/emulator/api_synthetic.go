@@ -76,7 +76,7 @@ func (c *Crowd) ID(number int) string { return "user_" + c.key(number) }
 func (c *Crowd) key(number int) string {
 	var payload [16]byte
 	binary.BigEndian.PutUint64(payload[:], 0x75736865725f3432) // so that strangers' ids are told apart
-	binary.BigEndian.PutUint64(payload[8:], uint64(number))    //nolint:gosec // never negative
+	binary.BigEndian.PutUint64(payload[8:], uint64(number))
 	k, err := ksuid.FromParts(time.UnixMilli(c.CreatedAt(number)), payload[:])
 	if err != nil {
 		panic(err) // the payload has the right length
@@ -94,10 +94,10 @@ func (c *Crowd) Number(id string) (int, bool) {
 		return 0, false
 	}
 	number := binary.BigEndian.Uint64(k.Payload()[8:])
-	if number >= uint64(c.size) || c.ID(int(number)) != id { //nolint:gosec // below size
+	if number >= uint64(c.size) || c.ID(int(number)) != id {
 		return 0, false
 	}
-	return int(number), true //nolint:gosec // below size
+	return int(number), true
 }
 
 // Append appends the JSON of the user with this number.
