@@ -30,7 +30,6 @@ type world struct {
 	nats   *natstest.Server
 	js     jetstream.JetStream
 	db     *gorm.DB
-	seq    uint64 // applied from the stream so far
 }
 
 const key = "sk_test_world"

@@ -153,7 +153,7 @@ func (w *sweep) publishOne(ctx context.Context, e *event.Event) (stream.Ack, err
 		if errors.Is(err, stream.ErrTooLarge) || errors.Is(err, stream.ErrClosed) || ctx.Err() != nil && err != nil {
 			return backoff.Permanent(err)
 		}
-		return err //nolint:wrapcheck // says what it did
+		return err
 	}, backoff.WithContext(backoff.NewExponentialBackOff(backoff.WithInitialInterval(100*time.Millisecond), backoff.WithMaxInterval(5*time.Second), backoff.WithMaxElapsedTime(time.Minute)), ctx))
 	return ack, err //nolint:wrapcheck // says what it did
 }

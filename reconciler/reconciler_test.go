@@ -20,8 +20,12 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	if os.Getenv("RECONCILER_CHILD") != "" {
+	switch os.Getenv("RECONCILER_CHILD") {
+	case "sweep":
 		child()
+		return
+	case "verify":
+		verifyChild()
 		return
 	}
 	goleak.VerifyTestMain(m, dbtest.IgnoreLeaks()...)

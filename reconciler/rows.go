@@ -21,24 +21,15 @@ type books struct {
 	source string
 }
 
-// living goes through the living rows that have a time of creation from the given one (ms) on, in that order, a page
+// livingPages goes through the living rows that have a time of creation from the given one (ms) on, in that order, a page
 // at a time, so that no transaction is held.
-func (b books) living(ctx context.Context, table string, from int64) iter.Seq2[row, error] {
-	return func(yield func(row, error) bool) {
+func (b books) livingPages(ctx context.Context, table string, from int64) iter.Seq2[[]row, error] {
+	return func(yield func([]row, error) bool) {
 		at, id := time.UnixMilli(from).UTC(), ""
 		for {
 			page, err := b.query(ctx, table, "SELECT "+rowColumns+" FROM "+table+
 				" WHERE deleted_at IS NULL AND source = ? AND (clerk_created_at, id) > (?, ?) ORDER BY clerk_created_at, id LIMIT ?", b.source, at, id, rowPage)
-			if err != nil {
-				yield(row{}, err)
-				return
-			}
-			for _, r := range page {
-				if !yield(r, nil) {
-					return
-				}
-			}
-			if len(page) < rowPage {
+			if !yield(page, err) || err != nil || len(page) < rowPage {
 				return
 			}
 			last := page[len(page)-1]

@@ -58,8 +58,8 @@ func TestAnotherProcessGoesOnWithTheSweepOfAKilledOne(t *testing.T) {
 			w.api.ServeHTTP(rw, req)
 		}))
 		t.Cleanup(server.Close)
-		processes[i] = exec.CommandContext(t.Context(), os.Args[0]) //nolint:gosec // this test
-		processes[i].Env = append(os.Environ(), "RECONCILER_CHILD=1", "CHILD_DATABASE="+url, "CHILD_NATS="+w.nats.URL(), "CHILD_API="+server.URL+"/v1")
+		processes[i] = exec.CommandContext(t.Context(), os.Args[0])
+		processes[i].Env = append(os.Environ(), "RECONCILER_CHILD=sweep", "CHILD_DATABASE="+url, "CHILD_NATS="+w.nats.URL(), "CHILD_API="+server.URL+"/v1")
 		require.NoError(t, processes[i].Start())
 		t.Cleanup(func() { _ = processes[i].Process.Kill(); _ = processes[i].Wait() })
 	}

@@ -80,11 +80,11 @@ func (r *Reconciler) watch(ctx context.Context) {
 func (r *Reconciler) listen(ctx context.Context, s *source, d *detector) (time.Duration, error) {
 	o, _, err := s.client.Latest(ctx, "users")
 	if err != nil {
-		return 0, err //nolint:wrapcheck // says what it did
+		return 0, err
 	}
 	count, err := s.client.Count(ctx, "users")
 	if err != nil {
-		return 0, err //nolint:wrapcheck // says what it did
+		return 0, err
 	}
 	heard, err := r.heard(ctx, s.Name, d)
 	if err != nil {

@@ -136,7 +136,7 @@ func (w *sweep) known(ctx context.Context) error {
 	for _, id := range ids {
 		_, there, err := w.api.Find(ctx, w.table, id, "")
 		if err != nil {
-			return err //nolint:wrapcheck // says what it did
+			return err
 		}
 		if there {
 			return nil
@@ -199,7 +199,7 @@ func (w *sweep) head(ctx context.Context) error {
 	}
 	o, _, err := w.api.Latest(ctx, w.table)
 	if err != nil {
-		return err //nolint:wrapcheck // says what it did
+		return err
 	}
 	w.at.Watermark = event.Millis(o.UpdatedAt)
 	return nil
@@ -208,7 +208,7 @@ func (w *sweep) head(ctx context.Context) error {
 // merged compares in the order of creation.
 func (w *sweep) merged(ctx context.Context) error {
 	current := span{}
-	// Pages are read ahead, while the last one is compared. All else happens in this goroutine.
+	// Pages of both are read ahead, while the last ones are compared. All else happens in this goroutine.
 	pages, stop := ahead(ctx, w.api.Pages(ctx, w.table, clerk.Created, w.at.Cursor))
 	defer stop()
 	objects := func(yield func(object, error) bool) {
@@ -232,7 +232,9 @@ func (w *sweep) merged(ctx context.Context) error {
 			current = span{}
 		}
 	}
-	err := merge(objects, w.books.living(ctx, w.table, w.at.Created), func(o *object, r *row) error {
+	rows, stopRows := ahead(ctx, w.books.livingPages(ctx, w.table, w.at.Created))
+	defer stopRows()
+	err := merge(objects, flat(rows), func(o *object, r *row) error {
 		switch {
 		case o == nil:
 			w.unmatched(r.id)
@@ -275,7 +277,7 @@ func (w *sweep) keyed(ctx context.Context) error {
 	seen := map[uint64]struct{}{}
 	for page, err := range w.api.Pages(ctx, w.table, clerk.Created, "") {
 		if err != nil {
-			return err //nolint:wrapcheck // run says what it was
+			return err
 		}
 		for _, o := range page.Objects {
 			seen[maphash.String(seed, o.ID)] = struct{}{}
@@ -380,7 +382,7 @@ func (w *sweep) changes(ctx context.Context, since int64) error {
 	first := true
 	for page, err := range w.api.Pages(ctx, w.table, clerk.Updated, "") {
 		if err != nil {
-			return err //nolint:wrapcheck // run says what it was
+			return err
 		}
 		if len(page.Objects) == 0 {
 			return nil
@@ -554,7 +556,7 @@ func (w *sweep) ask(ctx context.Context, candidates []*candidate) (map[*candidat
 			began := time.Now()
 			o, there, err := w.api.Find(ctx, w.table, c.object.ID, organizationOf(c))
 			if err != nil {
-				return err //nolint:wrapcheck // says what it did
+				return err
 			}
 			if gone[i] = !there; there {
 				c.object = &object{o, began}
@@ -752,6 +754,23 @@ func (w *sweep) found(ctx context.Context, candidates []*candidate) error {
 	return nil
 }
 
+// flat are the elements of pages, one by one.
+func flat[T any](pages iter.Seq2[[]T, error]) iter.Seq2[T, error] {
+	return func(yield func(T, error) bool) {
+		for page, err := range pages {
+			if err != nil {
+				yield(*new(T), err)
+				return
+			}
+			for i := range page {
+				if !yield(page[i], nil) {
+					return
+				}
+			}
+		}
+	}
+}
+
 // ahead pulls one element ahead of its reader, in a goroutine that ends with stop.
 func ahead[T any](ctx context.Context, seq iter.Seq2[T, error]) (iter.Seq2[T, error], func()) {
 	type element struct {
@@ -789,7 +808,7 @@ func ahead[T any](ctx context.Context, seq iter.Seq2[T, error]) (iter.Seq2[T, er
 
 func sleep(ctx context.Context, d time.Duration) error {
 	if d <= 0 {
-		return context.Cause(ctx)
+		return context.Cause(ctx) //nolint:wrapcheck // says why
 	}
 	timer := time.NewTimer(d)
 	defer timer.Stop()
@@ -797,7 +816,7 @@ func sleep(ctx context.Context, d time.Duration) error {
 	case <-timer.C:
 		return nil
 	case <-ctx.Done():
-		return context.Cause(ctx)
+		return context.Cause(ctx) //nolint:wrapcheck // says why
 	}
 }
 

@@ -56,26 +56,26 @@ func serve(ctx context.Context, settings *config.Settings, cfg reconciler.Config
 	health, registry := &observe.Health{}, observe.NewRegistry()
 	ops, err := observe.NewOps(settings.OpsAddr, health, registry)
 	if err != nil {
-		return err //nolint:wrapcheck // says what it did
+		return err
 	}
 	closers.Add(func() error { ops.Close(); return nil })
 	var db *gorm.DB
 	if len(cfg.Sources) > 0 { // without a key there is nothing to compare
 		if db, err = database.Open(ctx, settings.DatabaseURL, settings.DatabaseSchema); err != nil {
-			return err //nolint:wrapcheck // says what it did
+			return err
 		}
 		closers.Add(func() error { return database.Close(db) })
 		if err := database.CheckMigrated(ctx, db); err != nil {
-			return err //nolint:wrapcheck // says what it did
+			return err
 		}
 	}
 	service, err := reconciler.New(cfg, reconciler.Deps{DB: db, Log: log, Registerer: registry, Health: health})
 	if err != nil {
-		return err //nolint:wrapcheck // says what it did
+		return err
 	}
 	closers.Add(func() error { service.Close(); return nil })
 	log.Info("operations listen", zap.String("addr", ops.Addr()))
-	return lifecycle.Run(ctx, ops, service) //nolint:wrapcheck // says what it did
+	return lifecycle.Run(ctx, ops, service)
 }
 
 func fail(stderr io.Writer, err error) int {
