@@ -52,8 +52,8 @@ func Begin(ctx context.Context, db *gorm.DB, actor string, action Action, select
 // newID sorts by time: a KSUID, which knows the second only, with the nanoseconds in front of what is random.
 func newID(at time.Time) (string, error) {
 	var payload [16]byte
-	binary.BigEndian.PutUint32(payload[:], uint32(at.Nanosecond())) //nolint:gosec // below 10^9
-	_, _ = rand.Read(payload[4:])                                   // never fails
+	binary.BigEndian.PutUint32(payload[:], uint32(at.Nanosecond()))
+	_, _ = rand.Read(payload[4:]) // never fails
 	id, err := ksuid.FromParts(at, payload[:])
 	if err != nil {
 		return "", fmt.Errorf("make id: %w", err)

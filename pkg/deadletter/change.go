@@ -255,7 +255,7 @@ func mark(ctx context.Context, db *gorm.DB, letters []held, set string, args fun
 	// The status stands inside the CASE, so that PostgreSQL takes the key and not the partial index of all that is dead.
 	err := db.WithContext(ctx).Transaction(func(tx *gorm.DB) error {
 		for _, l := range letters {
-			values := append(args(l), l.Handler, l.EventID, int64(l.LetterSeq)) //nolint:gosec // a sequence stays far below 2^63
+			values := append(args(l), l.Handler, l.EventID, int64(l.LetterSeq))
 			result := tx.Exec("UPDATE deliveries SET "+set+" WHERE handler = ? AND event_id = ? AND CASE WHEN status = 'dead' THEN COALESCE(letter_seq, 0) END = ?", values...)
 			if result.Error != nil {
 				return result.Error

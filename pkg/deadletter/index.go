@@ -6,6 +6,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -49,13 +50,16 @@ type Filter struct {
 
 // String is the filter as flags say it, empty where it selects everything.
 func (f Filter) String() string {
-	var parts []string
-	for _, id := range f.IDs {
-		parts = append(parts, id)
-	}
+	parts := slices.Clone(f.IDs)
 	for _, flag := range []struct{ name, value string }{
-		{"handler", f.Handler}, {"type", f.Type}, {"reason", string(f.Reason)}, {"fingerprint", f.Fingerprint},
-		{"user", f.User}, {"source", f.Source}, {"since", timeText(f.Since)}, {"until", timeText(f.Until)},
+		{"handler", f.Handler},
+		{"type", f.Type},
+		{"reason", string(f.Reason)},
+		{"fingerprint", f.Fingerprint},
+		{"user", f.User},
+		{"source", f.Source},
+		{"since", timeText(f.Since)},
+		{"until", timeText(f.Until)},
 	} {
 		if flag.value != "" {
 			parts = append(parts, "--"+flag.name+" "+flag.value)
@@ -92,7 +96,7 @@ func (f Filter) dead(ctx context.Context, db *gorm.DB) *gorm.DB {
 		q = q.Where("processed_at < ?", f.Until.UTC())
 	}
 	if f.through > 0 {
-		q = q.Where("COALESCE(letter_seq, 0) <= ?", int64(f.through)) //nolint:gosec // a sequence stays far below 2^63
+		q = q.Where("COALESCE(letter_seq, 0) <= ?", int64(f.through))
 	}
 	return whereType(q, f.Type)
 }

@@ -55,7 +55,7 @@ func (s *Sweeper) Sweep(ctx context.Context) (Swept, error) {
 		if err != nil {
 			return swept, fmt.Errorf("count dead letters: %w", err)
 		}
-		if uint64(known) == state.Msgs { //nolint:gosec // a count is not negative
+		if uint64(known) == state.Msgs {
 			return swept, nil
 		}
 	}
@@ -220,8 +220,8 @@ func (s *Sweeper) index(ctx context.Context, dlq jetstream.Stream, h head, row k
 	values := map[string]any{
 		"type": string(e.Type), "source": e.Source, "origin": string(e.Origin), "object_id": null(e.Object.ID), "user_id": null(e.Object.UserID),
 		"status": "dead", "attempts": r.Attempts, "received_at": e.ReceivedAt.UTC(), "processed_at": msg.Time.UTC(), "error": null(r.Error),
-		"reason": null(string(r.Reason)), "stream_seq": int64(r.Sequence), "fingerprint": Fingerprint(r.Handler, r.Reason, r.Error), //nolint:gosec // a sequence stays far below 2^63
-		"letter_seq": int64(h.seq), "replay_id": null(e.ReplayID), "next_attempt_at": nil, "first_failed_at": nil, //nolint:gosec // as above
+		"reason": null(string(r.Reason)), "stream_seq": int64(r.Sequence), "fingerprint": Fingerprint(r.Handler, r.Reason, r.Error),
+		"letter_seq": int64(h.seq), "replay_id": null(e.ReplayID), "next_attempt_at": nil, "first_failed_at": nil,
 	}
 	if !r.FirstFailedAt.IsZero() {
 		values["first_failed_at"] = r.FirstFailedAt.UTC()
@@ -232,7 +232,7 @@ func (s *Sweeper) index(ctx context.Context, dlq jetstream.Stream, h head, row k
 	db := s.db.WithContext(ctx)
 	if exists {
 		result := db.Table("deliveries").Where("handler = ? AND event_id = ? AND status = ? AND COALESCE(stream_seq, 0) = ? AND COALESCE(letter_seq, 0) = ?",
-			row.Handler, row.EventID, row.Status, int64(row.StreamSeq), int64(row.LetterSeq)).Updates(values) //nolint:gosec // as above
+			row.Handler, row.EventID, row.Status, int64(row.StreamSeq), int64(row.LetterSeq)).Updates(values)
 		if result.Error != nil {
 			return 0, fmt.Errorf("index dead letter %d: %w", h.seq, result.Error)
 		}

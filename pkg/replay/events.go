@@ -75,12 +75,12 @@ func FirstAt(ctx context.Context, s jetstream.Stream, at time.Time) (uint64, err
 		return last + 1, nil
 	}
 	// Times only grow, so halving finds it in some twenty reads.
-	n := sort.Search(int(last-first+1), func(i int) bool { //nolint:gosec // a sequence stays far below 2^63
+	n := sort.Search(int(last-first+1), func(i int) bool {
 		if err != nil {
 			return true
 		}
 		var msg *jetstream.RawStreamMsg
-		msg, err = s.GetMsg(ctx, first+uint64(i), jetstream.WithGetMsgSubject(">")) //nolint:gosec // not negative
+		msg, err = s.GetMsg(ctx, first+uint64(i), jetstream.WithGetMsgSubject(">"))
 		if errors.Is(err, jetstream.ErrMsgNotFound) {
 			err = nil
 			return true
@@ -90,7 +90,7 @@ func FirstAt(ctx context.Context, s jetstream.Stream, at time.Time) (uint64, err
 	if err != nil {
 		return 0, fmt.Errorf("find the first event after %s: %w", at.Format(time.RFC3339), err)
 	}
-	return first + uint64(n), nil //nolint:gosec // not negative
+	return first + uint64(n), nil
 }
 
 // Count is how many events a selection has (and those that are stored behind its Last until now). It asks the broker, which
@@ -108,7 +108,7 @@ func Count(ctx context.Context, js jetstream.JetStream, sel Selection) (int, err
 	}
 	info := consumer.CachedInfo()
 	_ = js.DeleteConsumer(ctx, stream.Events, info.Name) // or it goes by itself
-	return int(info.NumPending), nil                     //nolint:gosec // fits
+	return int(info.NumPending), nil
 }
 
 // EventID is the id of the replay of one event in a run.

@@ -409,8 +409,10 @@ func (c *cli) discardLetters(ctx context.Context, l *letterChange) error {
 	_ = bar.Finish()
 	result.Selected, result.Discarded, result.Stopped = done.Selected, done.Discarded, detail(ctx, "", err)
 	c.end(ctx, log, result.Discarded, 0, result.Stopped)
-	printErr := c.printResult(l.output, result, []string{fmt.Sprintf("discarded %d of %d", result.Discarded, result.Selected)})
-	return cmp.Or(err, printErr)
+	if printErr := c.printResult(l.output, result, []string{fmt.Sprintf("discarded %d of %d", result.Discarded, result.Selected)}); err == nil {
+		err = printErr
+	}
+	return err
 }
 
 // tryLetters tells what a replay would bring, by running the handlers on every letter and rolling back.

@@ -1,7 +1,6 @@
 package command
 
 import (
-	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -240,7 +239,10 @@ func (c *cli) replayEvents(ctx context.Context, o *replayFlags) error {
 		if o.dryRun {
 			text = []string{"would replay " + count(result.Selected, "event")}
 		}
-		return cmp.Or(c.printResult(o.output, result, text), result.answer())
+		if err := c.printResult(o.output, result, text); err != nil {
+			return err
+		}
+		return result.answer()
 	}
 	question := fmt.Sprintf("Replay %s?", count(result.Selected, "event"))
 	if o.withEffects {

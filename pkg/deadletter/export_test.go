@@ -1,0 +1,4 @@
+package deadletter
+
+// ReplayID is the id of a letter's replay.
+var ReplayID = replayID
