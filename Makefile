@@ -17,6 +17,8 @@ TESTFLAGS ?= -race $(if $(CI),-count=1)
 PKG       ?= work
 FUZZTIME  ?= 10s
 BENCH     ?= .
+KILLS     ?= 100
+OUTAGE    ?= 2m
 
 .PHONY: help
 help: ## print this list
@@ -79,6 +81,13 @@ fuzz: ## run every fuzz target for FUZZTIME (10s)
 bench: ## run the benchmarks; BENCH=regexp and PKG=./worker/... choose some
 	@./scripts/need postgres
 	go test -run '^$$' -bench '$(BENCH)' -benchmem -timeout 60m -p 1 $(PKG)
+
+.PHONY: chaos
+chaos: ## kill, stop and flood for long: KILLS (100) in each run, OUTAGE (2m) of database and broker
+	@./scripts/need postgres
+	USHER_CHAOS_KILLS=$(KILLS) USHER_E2E_KILLS=$(KILLS) USHER_CHAOS_OUTAGE=$(OUTAGE) go test -count=1 -p 1 -timeout 60m -v \
+		-run 'Killed|OutagesUnderLoad' ./cli/e2e/
+	go test -count=1 -timeout 30m -v -run 'Flood|Outage|Deadlock|DiskFull' ./worker/ | grep -vE '^\s+logger.go'
 
 .PHONY: demo
 demo: ## let an offline Clerk tell its story, and print the ledger
