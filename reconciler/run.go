@@ -139,7 +139,7 @@ func (c *Counts) add(d Drift) {
 }
 
 // Sum is all drift.
-func (c *Counts) Sum() int64 { return c.Missing + c.Stale + c.Different + c.Extra }
+func (c Counts) Sum() int64 { return c.Missing + c.Stale + c.Different + c.Extra }
 
 // Item is one object that differs.
 type Item struct {

@@ -3,6 +3,7 @@ package command
 import (
 	"context"
 	"net/http/httptest"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -78,5 +79,45 @@ func TestDriftIsFoundAndHealed(t *testing.T) {
 		diffs, err := allinone.Compare(context.Background(), r.db, clerk, 20)
 		require.NoError(t, err)
 		t.Log(diffs)
+	})
+}
+
+func TestWithoutAKeyNothingCanBeCompared(t *testing.T) {
+	t.Parallel()
+	h := newHarness(t)
+	for _, command := range []string{"verify", "reconcile", "backfill"} {
+		assert.Contains(t, h.Run(command).want(exitUsage).err, "CLERK_SECRET_KEY is not set")
+	}
+	assert.Contains(t, h.Run("verify", "--resource", "sessions").want(exitUsage).err, "--resource sessions: want users")
+	assert.Contains(t, h.with("CLERK_SECRET_KEY=pk_live_x").Run("verify").want(exitUsage).err, "publishable")
+}
+
+func TestVerifyAgainstAnAPIThatIsAwayCouldNotCheck(t *testing.T) {
+	t.Parallel()
+	r, _, api := clerkRoad(t, "sqlite:"+filepath.Join(t.TempDir(), "usher.db"), emulator.Config{Seed: 4})
+	api.SetMoods(map[emulator.Mood]float64{emulator.Empty: 1})
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	result := r.RunIn(ctx, "", "verify", "--resource", "roles").want(exitUsage)
+	assert.Contains(t, result.err, "unreadable")
+}
+
+func TestBackfillFillsAnEmptyMirrorAndSaysSoInItsEvents(t *testing.T) {
+	t.Parallel()
+	eachDatabase(t, func(t *testing.T, url string) {
+		r, clerk, _ := clerkRoad(t, url, emulator.Config{Seed: 8})
+		for range clerk.Story(1200) { // nobody heard of it
+		}
+		report := r.report(exitOK, "backfill")
+		live, _ := clerk.Count("users")
+		assert.EqualValues(t, live, report.Checked["users"])
+		assert.Equal(t, report.Drift.Missing, report.Published)
+		r.quiet()
+		assert.Zero(t, r.report(exitOK, "verify").Drift.Sum())
+		var origins []string
+		require.NoError(t, r.db.Raw("SELECT DISTINCT origin FROM users").Scan(&origins).Error)
+		assert.Equal(t, []string{"backfill"}, origins)
+		again := r.report(exitOK, "backfill")
+		assert.Zero(t, again.Published)
 	})
 }
