@@ -499,8 +499,11 @@ type sorted struct {
 	early []*delivery // a restart brought them back before their time
 }
 
-// retrySlack is how much before its time a retry may be made.
-const retrySlack = 100 * time.Millisecond
+// retrySlack is how much before its time a retry may be made, clockSlack how far the clocks of two workers may be apart.
+const (
+	retrySlack = 100 * time.Millisecond
+	clockSlack = time.Minute
+)
 
 func (l *loop) sort(ctx context.Context, tx *gorm.DB, batch []*delivery) (sorted, error) {
 	known, err := l.inbox.Find(ctx, tx, eventIDs(batch))
@@ -512,7 +515,7 @@ func (l *loop) sort(ctx context.Context, tx *gorm.DB, batch []*delivery) (sorted
 		d.known = known[d.event.ID].For(&d.event)
 		switch {
 		case d.known.Settled():
-		case time.Until(d.known.NextAttemptAt) > retrySlack:
+		case time.Until(d.known.NextAttemptAt) > retrySlack && time.Until(d.known.WrittenAt) < clockSlack: // else the clock was set back
 			s.early = append(s.early, d)
 		default:
 			s.todo = append(s.todo, d)

@@ -517,6 +517,22 @@ func TestWorkerRestartedBeforeARetryLosesNone(t *testing.T) {
 	})
 }
 
+// TestClockThatWasSetBackHoldsNoRetryUp: the row was written by a clock that was a year ahead.
+func TestClockThatWasSetBackHoldsNoRetryUp(t *testing.T) {
+	t.Parallel()
+	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {
+		r := newRig(t, db, worker.Config{}, nil)
+		ahead := time.Now().Add(365 * 24 * time.Hour).UTC()
+		require.NoError(t, db.Exec(`INSERT INTO deliveries (handler, event_id, type, source, origin, status, attempts, received_at, processed_at, next_attempt_at)
+			VALUES ('effects', 'late', 't', 's', 'webhook', 'retrying', 1, ?, ?, ?)`, ahead, ahead, ahead.Add(time.Second)).Error)
+		r.send("late")
+		r.work()
+		rows, dead := r.ledger(20 * time.Second)
+		assert.Empty(t, dead)
+		assert.Equal(t, 2, rows["late"].Attempts)
+	})
+}
+
 // TestDeadlocksAreRetriedAndReachNobody: two workers whose transactions lock ten rows in any order.
 func TestDeadlocksAreRetriedAndReachNobody(t *testing.T) {
 	t.Parallel()

@@ -50,6 +50,7 @@ type Known struct {
 	Attempts      int
 	FirstFailedAt time.Time
 	NextAttemptAt time.Time
+	WrittenAt     time.Time // of the row
 	ReplayID      string
 	Seq           uint64 // of the delivery that the row is of
 }
@@ -83,7 +84,7 @@ func New(handler string) *Inbox { return &Inbox{handler: handler} }
 
 // Find returns what the log says of the events; those that it does not know are absent.
 func (i *Inbox) Find(ctx context.Context, tx *gorm.DB, ids []string) (map[string]Known, error) {
-	const columns = "SELECT event_id, status, attempts, first_failed_at, next_attempt_at, replay_id, stream_seq FROM deliveries WHERE handler = "
+	const columns = "SELECT event_id, status, attempts, first_failed_at, next_attempt_at, processed_at, replay_id, stream_seq FROM deliveries WHERE handler = "
 	query, args := columns+"$1 AND event_id = ANY($2::text[])", []any{i.handler, ids}
 	if !database.IsPostgres(tx) {
 		query, args = columns+"? AND event_id IN (?"+strings.Repeat(",?", len(ids)-1)+")", []any{i.handler}
@@ -100,13 +101,13 @@ func (i *Inbox) Find(ctx context.Context, tx *gorm.DB, ids []string) (map[string
 	for rows.Next() {
 		var id string
 		var k Known
-		var first, next sql.NullTime
+		var first, next, written sql.NullTime
 		var replay sql.NullString
 		var seq sql.NullInt64
-		if err := rows.Scan(&id, &k.Status, &k.Attempts, &first, &next, &replay, &seq); err != nil {
+		if err := rows.Scan(&id, &k.Status, &k.Attempts, &first, &next, &written, &replay, &seq); err != nil {
 			return nil, fmt.Errorf("read delivery: %w", err)
 		}
-		k.FirstFailedAt, k.NextAttemptAt, k.ReplayID = first.Time, next.Time, replay.String
+		k.FirstFailedAt, k.NextAttemptAt, k.WrittenAt, k.ReplayID = first.Time, next.Time, written.Time, replay.String
 		k.Seq = uint64(max(seq.Int64, 0)) //nolint:gosec // not negative
 		known[id] = k
 	}
