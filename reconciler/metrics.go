@@ -23,7 +23,7 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 			Name: "usher_reconcile_drift_total", Help: "Objects in which the mirror differed from Clerk, by table and class.",
 		}, []string{"kind", "drift"}),
 		success: prometheus.NewGauge(prometheus.GaugeOpts{
-			Name: "usher_reconcile_last_success_timestamp_seconds", Help: "When the last sweep succeeded, 0 for never since this process started.",
+			Name: "usher_reconcile_last_success_timestamp_seconds", Help: "When the last sweep succeeded, in whatever process, 0 for never.",
 		}),
 		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "usher_reconcile_requests_total", Help: "Requests to Clerk's Backend API, retries included, by class of answer.",

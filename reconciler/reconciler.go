@@ -267,10 +267,14 @@ func (s *Sweeper) due(ctx context.Context, cfg Config) (Options, error) {
 	}
 	runs = append(runs, incremental...)
 	var lastFull, lastAny time.Time
+	var success time.Time
 	first := true
 	for i := range runs {
 		r := runs[i]
 		st, whole := stateOf(r)
+		if r.Status == succeeded && r.FinishedAt != nil {
+			success = later(success, *r.FinishedAt)
+		}
 		if r.Status == running && now.Sub(r.StartedAt) < resumable && st.Tries < maxTries {
 			return Options{Kind: r.Kind, Resources: st.Resources, Force: st.Force, origin: st.Origin}, nil
 		}
@@ -281,6 +285,9 @@ func (s *Sweeper) due(ctx context.Context, cfg Config) (Options, error) {
 			lastFull = later(lastFull, r.StartedAt)
 			first = first && r.Status != succeeded
 		}
+	}
+	if !success.IsZero() { // also of another process, or of this one before it was started anew
+		s.metrics.success.Set(float64(success.Unix()))
 	}
 	switch {
 	case now.Sub(lastFull) >= cfg.FullInterval:

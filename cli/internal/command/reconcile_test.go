@@ -3,8 +3,10 @@ package command
 import (
 	"context"
 	"net/http/httptest"
+	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -60,7 +62,7 @@ func TestDriftIsFoundAndHealed(t *testing.T) {
 	t.Parallel()
 	eachDatabase(t, func(t *testing.T, url string) {
 		r, clerk, api := clerkRoad(t, url, emulator.Config{Seed: 3, NULs: true})
-		r.deliver(clerk, 600, emulator.Faults{Drop: .1, Duplicate: .1, Reorder: .3})
+		r.deliver(clerk, stories(600), emulator.Faults{Drop: .1, Duplicate: .1, Reorder: .3})
 
 		before := r.report(exitNo, "verify")
 		t.Log(before.Drift, before.Checked, api.Requests())
@@ -120,4 +122,12 @@ func TestBackfillFillsAnEmptyMirrorAndSaysSoInItsEvents(t *testing.T) {
 		again := r.report(exitOK, "backfill")
 		assert.Zero(t, again.Published)
 	})
+}
+
+// stories is how many lives a test tells, or as many as USHER_TEST_STORIES says.
+func stories(n int) int {
+	if more, err := strconv.Atoi(os.Getenv("USHER_TEST_STORIES")); err == nil {
+		return more
+	}
+	return n
 }
