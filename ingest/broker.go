@@ -66,9 +66,12 @@ func (b *broker) published(err error) {
 		b.last.Store(&verdict{errFull, time.Now()})
 	case errors.Is(err, stream.ErrTooLarge), errors.Is(err, stream.ErrClosed):
 	default:
-		b.last.Store(&verdict{errors.New("the last event could not be stored"), time.Now()})
+		b.last.Store(&verdict{errNotStored, time.Now()})
 	}
 }
+
+// errNotStored: a stream whose disk was full takes no write any more, even when there is room again.
+var errNotStored = errors.New("the last event could not be stored; if this stays while the broker is connected, its disk is full or broken: free space, then restart the broker")
 
 var errFull = fmt.Errorf("stream %s is full", stream.Events)
 

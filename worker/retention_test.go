@@ -137,7 +137,9 @@ func TestFullDeadLetterStreamKeepsTheEventAndStopsNobody(t *testing.T) {
 	r.work()
 	r.send(ids("bad", 20)...)
 	r.send(ids("fine", 20)...)
-	require.Eventually(t, func() bool { return len(r.effects.Count(t)) == 20 && r.logs.FilterMessageSnippet("dead letter has no room").Len() > 0 }, 20*time.Second, 10*time.Millisecond)
+	require.Eventually(t, func() bool {
+		return len(r.effects.Count(t)) == 20 && r.logs.FilterMessageSnippet("dead letter has no room").Len() > 0
+	}, 20*time.Second, 10*time.Millisecond)
 	assert.Empty(t, r.health.Problems(), "the handler still works")
 	cfg.MaxBytes = was
 	_, err = r.js.UpdateStream(t.Context(), cfg)

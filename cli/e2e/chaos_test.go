@@ -159,10 +159,12 @@ func (c *cluster) start(name string) {
 }
 
 // problems are what a service's readiness says; nil where it is ready, one entry "" where it does not answer.
-func (c *cluster) problems(name string) map[string]string {
+func (c *cluster) problems(name string) map[string]string { return problemsAt("http://" + c.ops[name]) }
+
+func problemsAt(ops string) map[string]string {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+c.ops[name]+"/readyz", nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, ops+"/readyz", nil)
 	if err != nil {
 		return map[string]string{"": err.Error()}
 	}
@@ -329,7 +331,9 @@ func TestOutagesUnderLoad(t *testing.T) {
 	// calm waits until the backlog has gone while the load goes on, and returns how long that took.
 	calm := func() time.Duration {
 		start := time.Now()
-		require.Eventually(t, func() bool { return accepted()-applied() < rate && c.problems("worker") == nil && c.problems("ingest") == nil }, away+90*time.Second, 50*time.Millisecond)
+		require.Eventually(t, func() bool {
+			return accepted()-applied() < rate && c.problems("worker") == nil && c.problems("ingest") == nil
+		}, away+90*time.Second, 50*time.Millisecond)
 		return time.Since(start)
 	}
 	require.Eventually(t, func() bool { return applied() > rate }, 30*time.Second, 20*time.Millisecond)
@@ -385,19 +389,75 @@ func TestOutagesUnderLoad(t *testing.T) {
 
 // postOne sends one event of another Clerk and returns the status of the answer.
 func postOne(url string) (int, error) {
-	clerk := emulator.New(emulator.Config{Seed: rand.Uint64()})
-	for e := range clerk.Story(1) {
-		req, err := http.NewRequestWithContext(context.Background(), http.MethodPost, url, bytes.NewReader(e.Body))
-		if err != nil {
-			return 0, err
-		}
-		req.Header = fixture.Sign(secret, e.ID, time.Now(), e.Body)
-		client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
-		res, err := client.Do(req)
-		if err != nil {
-			return 0, err
-		}
-		return res.StatusCode, res.Body.Close()
+	for e := range emulator.New(emulator.Config{Seed: rand.Uint64()}).Story(1) {
+		return send(url, e)
 	}
 	return 0, errors.New("no event")
+}
+
+func send(url string, e emulator.Event) (int, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, url, bytes.NewReader(e.Body))
+	if err != nil {
+		return 0, err
+	}
+	req.Header = fixture.Sign(secret, e.ID, time.Now(), e.Body)
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	res, err := client.Do(req)
+	if err != nil {
+		return 0, err
+	}
+	return res.StatusCode, res.Body.Close()
+}
+
+// TestFullDiskIsSaidAndMended fills the disk of `usher serve`. Nothing that was answered 2xx is lost, and readiness says what to do.
+func TestFullDiskIsSaidAndMended(t *testing.T) {
+	t.Parallel()
+	dataDir := t.TempDir()
+	if err := syscall.Mount("tmpfs", dataDir, "tmpfs", 0, "size=24m"); err != nil {
+		t.Skipf("skipped: cannot mount a small file system: %v", err)
+	}
+	t.Cleanup(func() { _ = syscall.Unmount(dataDir, syscall.MNT_DETACH) })
+	databaseURL := "sqlite:" + filepath.Join(t.TempDir(), "usher.db")
+	env := append([]string{"CLERK_WEBHOOK_SIGNING_SECRET=" + secret, "USHER_DATA_DIR=" + dataDir, "USHER_DATABASE_URL=" + databaseURL}, randomPorts...)
+	p := start(t, env, "serve")
+	s := p.ready(dataDir)
+	answered := map[string]bool{}
+	post := func(id string) int {
+		status, err := send(s.IngestURL, emulator.Event{ID: id, Body: fmt.Appendf(nil, `{"type":"user.created","object":"event","data":{"id":"user_%s","object":"user","updated_at":1,"bio":%q}}`, id, strings.Repeat("x", 250<<10))})
+		require.NoError(t, err)
+		if status/100 == 2 {
+			answered[id] = true
+		}
+		return status
+	}
+	n := 0
+	require.Eventually(t, func() bool { n++; return post(fmt.Sprintf("msg_%d", n)) == http.StatusServiceUnavailable }, 60*time.Second, time.Millisecond)
+	require.NotEmpty(t, answered)
+	var text string
+	require.Eventually(t, func() bool {
+		text = fmt.Sprint(problemsAt(s.OpsURL))
+		return strings.Contains(text, "free space")
+	}, 20*time.Second, 50*time.Millisecond, "readiness must say what to do")
+	t.Logf("%d events, then 503; readiness: %s", len(answered), text)
+
+	require.NoError(t, syscall.Mount("tmpfs", dataDir, "tmpfs", syscall.MS_REMOUNT, "size=128m"))
+	_ = p.stop()
+	p = start(t, env, "serve")
+	s = p.ready(dataDir)
+	require.Equal(t, http.StatusAccepted, post("msg_after"))
+	db, err := database.Open(t.Context(), databaseURL, "usher")
+	require.NoError(t, err)
+	defer func() { assert.NoError(t, database.Close(db)) }()
+	require.Eventually(t, func() bool {
+		statuses := deliveries(t, db)
+		for id := range answered {
+			if statuses[id] != "processed" {
+				return false
+			}
+		}
+		return true
+	}, 30*time.Second, 50*time.Millisecond)
+	assert.Equal(t, 0, p.stop(), p.stderr.String())
 }

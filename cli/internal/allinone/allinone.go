@@ -169,6 +169,7 @@ func (i *Instance) broker() (brokerAccess, error) {
 		srv.WaitForShutdown()
 		return nil
 	})
+	i.Health.Add("broker storage", storageCheck(srv, i.cfg.Dir))
 	url, err := brokerURL(srv, password)
 	return brokerAccess{url: url, options: inProcess(srv, password)}, err
 }

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"sync"
 	"time"
 
 	"github.com/gofrs/flock"
@@ -15,6 +16,7 @@ import (
 	"go.uber.org/zap"
 	"golang.org/x/crypto/bcrypt"
 
+	"github.com/usherhq/usher/pkg/observe"
 	"github.com/usherhq/usher/pkg/stream"
 )
 
@@ -55,6 +57,27 @@ func startBroker(cfg brokerConfig, log *zap.Logger) (*server.Server, error) {
 		return nil, fmt.Errorf("the embedded broker is not ready after 20 s (folder %s)", cfg.dir)
 	}
 	return srv, nil
+}
+
+// storageCheck is the readiness of the embedded broker's storage. A stream whose write failed, above all for want of room, takes no
+// write any more until the broker starts anew, and tells a publisher nothing.
+func storageCheck(srv *server.Server, dir string) observe.Check {
+	const keep = 2 * time.Second // an orchestrator may ask often
+	var mu sync.Mutex
+	var asked time.Time
+	var last error
+	return func() error {
+		mu.Lock()
+		defer mu.Unlock()
+		if time.Since(asked) < keep {
+			return last
+		}
+		asked, last = time.Now(), nil
+		if health := srv.Healthz(nil); health.Status != "ok" {
+			last = fmt.Errorf("the embedded broker cannot write: %s: free space in %s, then restart", health.Error, dir)
+		}
+		return last
+	}
 }
 
 // brokerURL is how a command on this machine reaches the embedded broker.
