@@ -59,7 +59,7 @@ func (mirrorHandler) Handle(ctx context.Context, tx *gorm.DB, batch []event.Even
 	if errors.Is(err, mirror.ErrNoID) {
 		return Permanent(err)
 	}
-	return err //nolint:wrapcheck // the handler adds nothing
+	return err
 }
 
 // permanentError marks an error that no further attempt can mend.

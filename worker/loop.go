@@ -149,7 +149,7 @@ func (l *loop) consume(ctx context.Context) error {
 	slow.Wait()
 	err = <-pumped
 	if ctx.Err() != nil {
-		return nil //nolint:nilerr // a stop is not a failure
+		return nil
 	}
 	return fmt.Errorf("consume %s: %w", l.handler.Name(), err)
 }
@@ -167,7 +167,7 @@ func (l *loop) pump(iter jetstream.MessagesContext, fresh, again chan<- jetstrea
 			}
 		}
 		if err != nil {
-			return err //nolint:wrapcheck // the caller says what it was for
+			return err
 		}
 		if l.broker.check() != nil {
 			l.log.Info("broker is back, handler goes on")
@@ -490,7 +490,7 @@ func (l *loop) inTx(ctx context.Context, fn func(ctx context.Context, tx *gorm.D
 	if err != nil && !errors.Is(err, errTimeout) && finish.Err() == nil && txCtx.Err() != nil {
 		return fmt.Errorf("%w within %s: %w", errSlow, l.cfg.HandleTimeout, err)
 	}
-	return err //nolint:wrapcheck // the chain already says it
+	return err
 }
 
 // sorted is a batch after a look into the inbox. What is in neither part is settled already.
@@ -606,7 +606,7 @@ func (l *loop) handle(ctx context.Context, tx *gorm.DB, events []event.Event) (e
 	if err != nil && ctx.Err() == nil && isForeign(err) && alive(ctx, tx) {
 		return &ownError{err}
 	}
-	return err //nolint:wrapcheck // the handler's error is the verdict
+	return err
 }
 
 // alive tells whether the connection of a transaction still answers, be it that the transaction is void.

@@ -115,7 +115,7 @@ func (l *loop) probe(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	if err := database.Ping(ctx, l.db); err != nil {
-		return err //nolint:wrapcheck // says what it did
+		return err
 	}
 	if _, err := l.js.Consumer(ctx, stream.Events, l.handler.Name()); err != nil {
 		if errors.Is(err, jetstream.ErrStreamNotFound) || errors.Is(err, jetstream.ErrConsumerNotFound) {

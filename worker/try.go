@@ -40,14 +40,14 @@ func try(ctx context.Context, db *gorm.DB, h Handler, e event.Event) error {
 			}
 		}()
 		if err := h.Handle(ctx, tx, []event.Event{e}); err != nil {
-			return err //nolint:wrapcheck // the handler's error is the answer
+			return err
 		}
 		return errRollback
 	})
 	if errors.Is(err, errRollback) {
 		return nil
 	}
-	return err //nolint:wrapcheck // as above
+	return err
 }
 
 // Reason names an error of [Try] in the closed set.

@@ -147,7 +147,7 @@ func newCluster(t *testing.T, databaseURL string, ackWait time.Duration) *cluste
 // start starts a program of the cluster, again where it was killed.
 func (c *cluster) start(name string) {
 	c.t.Helper()
-	p := &process{t: c.t, cmd: exec.Command(filepath.Join(c.dir, name), c.args[name]...), done: make(chan error, 1)} //nolint:gosec // our own
+	p := &process{t: c.t, cmd: exec.Command(filepath.Join(c.dir, name), c.args[name]...), done: make(chan error, 1)}
 	p.cmd.Env = append([]string{"HOME=" + c.dir, "PATH=" + os.Getenv("PATH"), "USHER_OPS_ADDR=" + c.ops[name]}, c.env...)
 	p.cmd.Dir = c.t.TempDir()
 	p.cmd.Stdout, p.cmd.Stderr = &p.stdout, &p.stderr

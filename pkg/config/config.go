@@ -179,9 +179,11 @@ func (e Environ) Lookup(key string) (string, bool) {
 	return "", false
 }
 
-var sourceRE = regexp.MustCompile(`^USHER_SOURCE_([A-Z0-9_]+)_(SIGNING_SECRET|SECRET_KEY|INSTANCE_ID)=.`)
-var nameRE = regexp.MustCompile(`^[a-z0-9][a-z0-9_-]{0,63}$`)
-var schemaRE = regexp.MustCompile(`^[a-z_][a-z0-9_]{0,62}$`)
+var (
+	sourceRE = regexp.MustCompile(`^USHER_SOURCE_([A-Z0-9_]+)_(SIGNING_SECRET|SECRET_KEY|INSTANCE_ID)=.`)
+	nameRE   = regexp.MustCompile(`^[a-z0-9][a-z0-9_-]{0,63}$`)
+	schemaRE = regexp.MustCompile(`^[a-z_][a-z0-9_]{0,62}$`)
+)
 
 // Load reads the settings from environ; flags, by setting name, override it. The error is Problems.
 func Load(environ Environ, flags map[string]string) (*Settings, error) {

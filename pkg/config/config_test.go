@@ -26,8 +26,10 @@ func TestEveryProblemIsReported(t *testing.T) {
 		"CLERK_WEBHOOK_SIGNING_SECRET=sk_test_abc", "USHER_CONSOLE_ADDR=0.0.0.0:1", "USHER_SOURCE_EU_SIGNING_SECRET=whsec_",
 	}, nil)
 	require.Error(t, err)
-	for _, name := range []string{"USHER_RETENTION", "USHER_STREAM_REPLICAS", "USHER_LOG_LEVEL", "USHER_DATABASE_URL",
-		"CLERK_WEBHOOK_SIGNING_SECRET", "USHER_CONSOLE_ADDR", "USHER_SOURCE_EU_SIGNING_SECRET"} {
+	for _, name := range []string{
+		"USHER_RETENTION", "USHER_STREAM_REPLICAS", "USHER_LOG_LEVEL", "USHER_DATABASE_URL",
+		"CLERK_WEBHOOK_SIGNING_SECRET", "USHER_CONSOLE_ADDR", "USHER_SOURCE_EU_SIGNING_SECRET",
+	} {
 		assert.Contains(t, err.Error(), name)
 	}
 	assert.NotContains(t, err.Error(), "sk_test_abc")

@@ -86,7 +86,7 @@ func New(ctx context.Context, cfg Config) (_ *Instance, err error) {
 		return nil, err
 	}
 	if i.DB, err = database.Open(ctx, s.DatabaseURL, s.DatabaseSchema); err != nil {
-		return nil, err //nolint:wrapcheck // says what it did
+		return nil, err
 	}
 	i.closers.Add(func() error { return database.Close(i.DB) })
 	report, err := Setup(ctx, i.DB, i.JS, topology, false)
@@ -178,10 +178,10 @@ func (i *Instance) broker() (brokerAccess, error) {
 func (i *Instance) connect(b brokerAccess, service string) (jetstream.JetStream, error) {
 	nc, err := stream.Connect(b.url, b.creds, service, i.cfg.Log.With(zap.String("service", service)), b.options...)
 	if err != nil {
-		return nil, err //nolint:wrapcheck // says what it did
+		return nil, err
 	}
 	i.closers.Add(func() error { nc.Close(); return nil })
-	return stream.JetStream(nc) //nolint:wrapcheck // says what it did
+	return stream.JetStream(nc)
 }
 
 // takeBack makes the events that a killed process held available at once instead of after [stream.AckWait]. Only for
@@ -204,7 +204,7 @@ func (i *Instance) open(b brokerAccess) error {
 	s, log := i.cfg.Settings, i.cfg.Log
 	ops, err := observe.NewOps(s.OpsAddr, i.Health, i.Registry)
 	if err != nil {
-		return err //nolint:wrapcheck // says what it did
+		return err
 	}
 	i.closers.Add(func() error { ops.Close(); return nil })
 	ingestJS, err := i.connect(b, "ingest")
@@ -215,11 +215,11 @@ func (i *Instance) open(b brokerAccess) error {
 	i.closers.Add(func() error { publisher.Close(); return nil })
 	ingestConfig, err := ingest.ConfigFrom(s)
 	if err != nil {
-		return err //nolint:wrapcheck // says what it did
+		return err
 	}
 	in, err := ingest.New(ingestConfig, ingest.Deps{Publisher: publisher, JetStream: ingestJS, Logger: log, Registerer: i.Registry, Health: i.Health})
 	if err != nil {
-		return err //nolint:wrapcheck // says what it did
+		return err
 	}
 	i.closers.Add(func() error { _ = in.Close(); return nil }) // Run closes it too
 	workerJS, err := i.connect(b, "worker")
@@ -232,7 +232,7 @@ func (i *Instance) open(b brokerAccess) error {
 	}
 	w, err := worker.New(workerConfig, worker.Deps{JetStream: workerJS, DB: i.DB, Log: log, Registerer: i.Registry, Health: i.Health})
 	if err != nil {
-		return err //nolint:wrapcheck // says what it did
+		return err
 	}
 	recConfig := reconciler.ConfigFrom(s)
 	if i.cfg.ClerkSecretKey != "" {
@@ -241,14 +241,14 @@ func (i *Instance) open(b brokerAccess) error {
 	recConfig.NATSURL, recConfig.NATSCreds, recConfig.NATSOptions = b.url, b.creds, b.options
 	rec, err := reconciler.New(recConfig, reconciler.Deps{DB: i.DB, Log: log, Registerer: i.Registry, Health: i.Health})
 	if err != nil {
-		return err //nolint:wrapcheck // says what it did
+		return err
 	}
 	i.closers.Add(func() error { rec.Close(); return nil })
 	con, err := console.New(console.Config{
 		Addr: s.ConsoleAddr, AdminToken: s.AdminToken, NATSURL: b.url, NATSCreds: b.creds, NATSOptions: b.options, DB: i.DB,
 	}, log, i.Health)
 	if err != nil {
-		return err //nolint:wrapcheck // says what it did
+		return err
 	}
 	i.closers.Add(func() error { con.Close(); return nil })
 	i.services = []lifecycle.Service{ops, in, w, rec, con}
@@ -260,11 +260,11 @@ func (i *Instance) open(b brokerAccess) error {
 
 // Run works until ctx is done or a service fails.
 func (i *Instance) Run(ctx context.Context) error {
-	return lifecycle.Run(ctx, i.services...) //nolint:wrapcheck // says what it did
+	return lifecycle.Run(ctx, i.services...)
 }
 
 // Close closes everything and takes the state file away. It may be called twice.
-func (i *Instance) Close() error { return i.closers.Close() } //nolint:wrapcheck // joined errors of closers
+func (i *Instance) Close() error { return i.closers.Close() }
 
 // WaitReady returns once every health check passes, or with what does not when ctx is done.
 func (i *Instance) WaitReady(ctx context.Context) error {

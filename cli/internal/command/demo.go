@@ -190,7 +190,7 @@ func (r *demoReport) fill(ctx context.Context, db *gorm.DB, start time.Time, led
 		r.Rows[table.Name] = n
 	}
 	if r.Differences, err = allinone.Compare(ctx, db, clerk, 20); err != nil {
-		return err //nolint:wrapcheck // says what it did
+		return err
 	}
 	r.MirrorEqual = len(r.Differences) == 0
 	return r.measure(db, start)

@@ -54,7 +54,7 @@ func (f *demoFaults) Handle(ctx context.Context, tx *gorm.DB, batch []event.Even
 	if err := f.strike(batch); err != nil {
 		return err
 	}
-	return f.Handler.Handle(ctx, tx, batch) //nolint:wrapcheck // transparent
+	return f.Handler.Handle(ctx, tx, batch)
 }
 
 func (f *demoFaults) strike(batch []event.Event) error {
@@ -104,7 +104,7 @@ func (f *demoFaults) tell(ctx context.Context, i *allinone.Instance, start time.
 	filter := deadletter.Filter{Handler: "mirror", Since: start}
 	letters, _, err := deadletter.List(ctx, i.DB, filter, "", 100)
 	if err != nil {
-		return story, err //nolint:wrapcheck // says what it did
+		return story, err
 	}
 	_, _ = fmt.Fprintf(info, "\nFaults: %d events failed twice and passed at their third attempt.\n", story.RetriedThenApplied)
 	for _, l := range letters {
@@ -119,7 +119,7 @@ func (f *demoFaults) tell(ctx context.Context, i *allinone.Instance, start time.
 	f.mu.Unlock()
 	result, err := deadletter.Replay(ctx, i.JS, i.DB, filter, replay.Options{}, func(deadletter.Result) {})
 	if err != nil {
-		return story, err //nolint:wrapcheck // says what it did
+		return story, err
 	}
 	story.Replayed = result.Applied
 	slices.Sort(story.DeadLettered)

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/base64"
+	"errors"
 	"fmt"
 	mathrand "math/rand/v2"
 	"net"
@@ -39,7 +40,7 @@ func (c *cli) dev() *cobra.Command {
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if o.exit && !o.demo {
-				return fmt.Errorf("--exit needs --demo")
+				return errors.New("--exit needs --demo")
 			}
 			return c.runDev(cmd.Context(), o)
 		},

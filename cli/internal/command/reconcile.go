@@ -157,7 +157,7 @@ func (r *reach) source(name string) (reconciler.Source, error) {
 	if name != r.settings.Source {
 		return source, fmt.Errorf("USHER_SOURCE_%s_SECRET_KEY is not set: without the key of Clerk's Backend API nothing can be compared", strings.ToUpper(name))
 	}
-	return source, fmt.Errorf("CLERK_SECRET_KEY is not set: without the key of Clerk's Backend API nothing can be compared (Clerk's dashboard, API keys)")
+	return source, errors.New("CLERK_SECRET_KEY is not set: without the key of Clerk's Backend API nothing can be compared (Clerk's dashboard, API keys)")
 }
 
 // printReport prints what a sweep found.
@@ -168,6 +168,7 @@ func (c *cli) printReport(o output, report *reconciler.Report, dryRun, publishes
 		return printJSON(w, report)
 	case outputNDJSON:
 		return printListing(w, o, listing[reconciler.Item]{Items: report.Items}, nil, nil)
+	case outputTable:
 	}
 	t := newTable(w, "resource", "checked")
 	for _, name := range clerk.Resources() {

@@ -32,7 +32,7 @@ func (c *cli) serve() *cobra.Command {
 				return err
 			}
 			if _, err := ingest.ConfigFrom(settings); err != nil {
-				return err //nolint:wrapcheck // Problems speak for themselves
+				return err
 			}
 			log, err := c.logger(settings)
 			if err != nil {
@@ -59,7 +59,7 @@ var errDone = errors.New("done")
 func (c *cli) run(ctx context.Context, cfg allinone.Config, work func(context.Context, *allinone.Instance) error) (err error) {
 	instance, err := allinone.New(ctx, cfg)
 	if err != nil {
-		return err //nolint:wrapcheck // says what it did
+		return err
 	}
 	defer func() { err = errors.Join(err, instance.Close()) }()
 	runCtx, stop := context.WithCancelCause(ctx)
@@ -78,7 +78,7 @@ func (c *cli) run(ctx context.Context, cfg allinone.Config, work func(context.Co
 	if workErr := <-worked; err == nil && ctx.Err() == nil {
 		err = workErr
 	}
-	return err //nolint:wrapcheck // says what it did
+	return err
 }
 
 // devLogLevel is dev's where nobody asks for another.

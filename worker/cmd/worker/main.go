@@ -50,25 +50,25 @@ func serve(ctx context.Context, settings *config.Settings, log *zap.Logger) (err
 	registry, health := observe.NewRegistry(), &observe.Health{}
 	ops, err := observe.NewOps(settings.OpsAddr, health, registry)
 	if err != nil {
-		return err //nolint:wrapcheck // says what it did
+		return err
 	}
 	db, err := database.Open(ctx, settings.DatabaseURL, settings.DatabaseSchema)
 	if err != nil {
-		return err //nolint:wrapcheck // says what it did
+		return err
 	}
 	closers.Add(func() error { return database.Close(db) })
 	nc, err := stream.Connect(settings.NATSURL, settings.NATSCreds, "worker", log)
 	if err != nil {
-		return err //nolint:wrapcheck // says what it did
+		return err
 	}
 	closers.Add(func() error { nc.Close(); return nil })
 	js, err := stream.JetStream(nc)
 	if err != nil {
-		return err //nolint:wrapcheck // says what it did
+		return err
 	}
 	w, err := worker.New(worker.ConfigFrom(settings), worker.Deps{JetStream: js, DB: db, Log: log, Registerer: registry, Health: health})
 	if err != nil {
-		return err //nolint:wrapcheck // says what it did
+		return err
 	}
-	return lifecycle.Run(ctx, ops, w) //nolint:wrapcheck // says what it did
+	return lifecycle.Run(ctx, ops, w)
 }

@@ -185,7 +185,7 @@ func (s *suite) reordered(t *testing.T) {
 		if seed == 0 {
 			slices.Reverse(events)
 		} else {
-			rand.New(rand.NewPCG(seed, 0)).Shuffle(len(events), func(i, j int) { events[i], events[j] = events[j], events[i] }) //nolint:gosec // repeatable
+			rand.New(rand.NewPCG(seed, 0)).Shuffle(len(events), func(i, j int) { events[i], events[j] = events[j], events[i] })
 		}
 		db := s.open(t)
 		s.apply(t, db, s.newHandler(t, db), events, 64)
@@ -331,7 +331,7 @@ func (s *suite) throughTheWorker(t *testing.T) {
 		}
 	}
 	third := func(n int) faults.When {
-		return func(e *event.Event) bool { return e.Seq%3 == uint64(n) } //nolint:gosec // small
+		return func(e *event.Event) bool { return e.Seq%3 == uint64(n) }
 	}
 	wrapped := faults.Panic(faults.Forget(faults.Fail(h, 1, third(0), faults.ErrFault), 1, third(1)), 1, third(2))
 	w, err := worker.New(worker.Config{Handlers: []worker.Registration{{Handler: wrapped}}, RetryInitial: 10 * time.Millisecond, RetryMax: 20 * time.Millisecond, BatchSize: 40},

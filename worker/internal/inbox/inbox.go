@@ -108,7 +108,7 @@ func (i *Inbox) Find(ctx context.Context, tx *gorm.DB, ids []string) (map[string
 			return nil, fmt.Errorf("read delivery: %w", err)
 		}
 		k.FirstFailedAt, k.NextAttemptAt, k.WrittenAt, k.ReplayID = first.Time, next.Time, written.Time, replay.String
-		k.Seq = uint64(max(seq.Int64, 0)) //nolint:gosec // not negative
+		k.Seq = uint64(max(seq.Int64, 0))
 		known[id] = k
 	}
 	if err := rows.Err(); err != nil {
@@ -138,12 +138,26 @@ func (i *Inbox) Record(ctx context.Context, tx *gorm.DB, entries []Entry) error 
 var upsert = database.Upsert{
 	Table: "deliveries",
 	Columns: []database.Column{
-		{Name: "handler", Type: "text"}, {Name: "event_id", Type: "text"}, {Name: "type", Type: "text"}, {Name: "source", Type: "text"},
-		{Name: "origin", Type: "text"}, {Name: "object_id", Type: "text"}, {Name: "user_id", Type: "text"}, {Name: "status", Type: "text"},
-		{Name: "attempts", Type: "bigint"}, {Name: "received_at", Type: "timestamptz"}, {Name: "processed_at", Type: "timestamptz"},
-		{Name: "duration_ms", Type: "float8"}, {Name: "error", Type: "text"}, {Name: "reason", Type: "text"}, {Name: "stream_seq", Type: "bigint"},
-		{Name: "first_failed_at", Type: "timestamptz"}, {Name: "next_attempt_at", Type: "timestamptz"}, {Name: "fingerprint", Type: "text"},
-		{Name: "letter_seq", Type: "bigint"}, {Name: "replay_id", Type: "text"},
+		{Name: "handler", Type: "text"},
+		{Name: "event_id", Type: "text"},
+		{Name: "type", Type: "text"},
+		{Name: "source", Type: "text"},
+		{Name: "origin", Type: "text"},
+		{Name: "object_id", Type: "text"},
+		{Name: "user_id", Type: "text"},
+		{Name: "status", Type: "text"},
+		{Name: "attempts", Type: "bigint"},
+		{Name: "received_at", Type: "timestamptz"},
+		{Name: "processed_at", Type: "timestamptz"},
+		{Name: "duration_ms", Type: "float8"},
+		{Name: "error", Type: "text"},
+		{Name: "reason", Type: "text"},
+		{Name: "stream_seq", Type: "bigint"},
+		{Name: "first_failed_at", Type: "timestamptz"},
+		{Name: "next_attempt_at", Type: "timestamptz"},
+		{Name: "fingerprint", Type: "text"},
+		{Name: "letter_seq", Type: "bigint"},
+		{Name: "replay_id", Type: "text"},
 	},
 	Conflict: []string{"handler", "event_id"},
 	// What is settled stays so, but for a deliberate replay that the row has not seen.
@@ -160,7 +174,7 @@ func (i *Inbox) write(ctx context.Context, tx *gorm.DB, entries []Entry) (int64,
 		rows[n] = []any{
 			i.handler, ev.ID, string(ev.Type), ev.Source, string(ev.Origin), null(ev.Object.ID), null(ev.Object.UserID),
 			string(e.Status), int64(e.Attempts), ev.ReceivedAt.UTC(), now, float64(e.Duration.Microseconds()) / 1000,
-			null(e.Error), null(e.Reason), int64(ev.Seq), //nolint:gosec // a sequence stays far below 2^63
+			null(e.Error), null(e.Reason), int64(ev.Seq),
 			nullTime(e.FirstFailedAt), nullTime(e.NextAttemptAt), null(e.Fingerprint), nullSeq(e.LetterSeq), null(ev.ReplayID),
 		}
 	}
@@ -189,5 +203,5 @@ func nullSeq(seq uint64) any {
 	if seq == 0 {
 		return nil
 	}
-	return int64(seq) //nolint:gosec // a sequence stays far below 2^63
+	return int64(seq)
 }
