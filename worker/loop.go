@@ -322,10 +322,14 @@ func (l *loop) apply(ctx context.Context, batch []*delivery, left chan<- work) {
 			}
 			continue
 		case len(batch) > 1:
-			select {
-			case left <- work{batch: batch}: // never ready where there is none
-			default:
+			if left == nil {
 				l.takeApart(ctx, batch)
+				return
+			}
+			select {
+			case left <- work{batch: batch}:
+			default:
+				l.skim(ctx, batch)
 			}
 			return
 		default:
@@ -339,23 +343,42 @@ func (l *loop) apply(ctx context.Context, batch []*delivery, left chan<- work) {
 // subtransactions a session where everybody finds them cheaply.
 const chunkSize = 64
 
-// takeApart applies a batch that failed, so that only the events that fail by themselves stay behind.
-func (l *loop) takeApart(ctx context.Context, batch []*delivery) {
+// skim takes a batch apart while the slow lane has more than enough to do. Where nothing but failures is at either end of it
+// a flood goes by, and the middle is put off: healthy events behind it must not wait until each of the flood has failed.
+func (l *loop) skim(ctx context.Context, batch []*delivery) {
+	first, last := min(chunkSize, len(batch)), max(chunkSize, len(batch)-chunkSize)
+	if l.takeApart(ctx, batch[:first]) > 0 || last >= len(batch) {
+		l.takeApart(ctx, batch[first:])
+		return
+	}
+	if l.takeApart(ctx, batch[last:]) > 0 {
+		l.takeApart(ctx, batch[first:last])
+		return
+	}
+	for _, d := range batch[first:last] {
+		l.nak(d.msg, time.Second+rand.N(2*time.Second))
+	}
+}
+
+// takeApart applies a batch that failed, so that only the events that fail by themselves stay behind. It returns how many
+// did not fail.
+func (l *loop) takeApart(ctx context.Context, batch []*delivery) (good int) {
 	for len(batch) > 0 {
 		chunk := batch[:min(chunkSize, len(batch))]
-		done, err := l.isolate(ctx, chunk)
+		done, failed, err := l.isolate(ctx, chunk)
 		var late *lateError
 		switch {
 		case err == nil:
+			good += done - failed
 			batch = batch[done:]
 		case errors.Is(err, inbox.ErrRaced):
 		case ctx.Err() != nil:
 			l.giveBackAll(batch)
-			return
+			return good
 		case l.isOutage(ctx, err):
 			if !l.waitOut(ctx, err) {
 				l.giveBackAll(batch)
-				return
+				return good
 			}
 		case errors.As(err, &late):
 			l.failAll(ctx, []failure{{late.delivery, err}})
@@ -367,46 +390,50 @@ func (l *loop) takeApart(ctx context.Context, batch []*delivery) {
 			batch = batch[len(chunk):]
 		}
 	}
+	return good
 }
 
 // isolate applies events one after the other in one transaction, each behind a savepoint, and settles those that
-// it came to, from the first on. A commit for all of them is what makes a flood of failing events cheap.
-func (l *loop) isolate(ctx context.Context, batch []*delivery) (done int, err error) {
+// it came to, from the first on: so many are done, and so many of them failed. A commit for all of them and one round trip for
+// a failure are what makes a flood of failing events cheap.
+func (l *loop) isolate(ctx context.Context, batch []*delivery) (done, failed int, err error) {
 	start := time.Now()
 	var s sorted
 	var good []*delivery
-	var failures []failure
 	var verdicts []verdict
 	err = l.inTx(ctx, func(ctx context.Context, tx *gorm.DB) error {
 		var err error
 		if s, err = l.sort(ctx, tx, batch); err != nil {
 			return err
 		}
-		good, failures, verdicts, done = nil, nil, nil, len(batch)
+		var failures []failure
+		good, verdicts, done = nil, nil, len(batch)
+		if err := exec(ctx, tx, "SAVEPOINT event"); err != nil {
+			return err
+		}
 		for i, d := range s.todo {
 			if i > 0 && time.Since(start) > l.cfg.HandleTimeout/2 {
 				done = slices.Index(batch, d)
 				break
 			}
-			if err := tx.SavePoint("event").Error; err != nil {
-				return fmt.Errorf("set savepoint: %w", err)
-			}
 			err := l.handle(ctx, tx, []event.Event{d.event})
 			switch {
 			case err == nil:
 				good = append(good, d)
+				err = exec(ctx, tx, "RELEASE SAVEPOINT event")
+				if err == nil {
+					err = exec(ctx, tx, "SAVEPOINT event")
+				}
 			case ctx.Err() != nil:
 				return &lateError{d, err}
 			case isOutage(err):
 				return err
 			default:
 				failures = append(failures, failure{d, err})
-				if err := tx.RollbackTo("event").Error; err != nil {
-					return fmt.Errorf("go back to savepoint: %w: %w", errBroken, err)
-				}
+				err = exec(ctx, tx, "ROLLBACK TO SAVEPOINT event") // which stays, for the next
 			}
-			if err := tx.Exec("RELEASE SAVEPOINT event").Error; err != nil {
-				return fmt.Errorf("release savepoint: %w", err)
+			if err != nil {
+				return err
 			}
 		}
 		if err := l.settle(ctx, tx, good, time.Since(start)); err != nil {
@@ -416,18 +443,27 @@ func (l *loop) isolate(ctx context.Context, batch []*delivery) (done int, err er
 		return l.recordIn(ctx, tx, verdicts, retry)
 	})
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	l.works()
-	sure := batch[:done]
-	l.applied(sure, s, good, start)
+	l.applied(batch[:done], s, good, start)
 	l.settleFailed(verdicts, retry)
 	l.bury(ctx, verdicts)
-	return done, nil
+	for _, v := range verdicts {
+		if v.action == giveBack {
+			l.giveBack(v.msg)
+		}
+	}
+	return done, len(verdicts), nil
 }
 
-// errBroken tells that a handler left its transaction unusable.
-var errBroken = errors.New("transaction cannot go on")
+// exec runs a statement of the worker's own.
+func exec(ctx context.Context, tx *gorm.DB, statement string) error {
+	if _, err := tx.Statement.ConnPool.ExecContext(ctx, statement); err != nil {
+		return fmt.Errorf("%s: %w", strings.ToLower(statement), err)
+	}
+	return nil
+}
 
 // lateError is a handler that did not finish one event in time.
 type lateError struct {
@@ -481,8 +517,8 @@ func (l *loop) inTx(ctx context.Context, fn func(ctx context.Context, tx *gorm.D
 	defer cancel()
 	err := database.InTx(txCtx, l.db, func(tx *gorm.DB) error {
 		if database.IsPostgres(tx) {
-			if _, err := tx.Statement.ConnPool.ExecContext(txCtx, lockTimeout); err != nil {
-				return fmt.Errorf("limit the wait for locks: %w", err)
+			if err := exec(txCtx, tx, lockTimeout); err != nil {
+				return err
 			}
 		}
 		return fn(txCtx, tx)

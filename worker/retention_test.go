@@ -186,12 +186,10 @@ func TestDiskFullFreezesTheStreamUntilARestart(t *testing.T) {
 		t.Skipf("skipped: cannot mount a small file system: %v", err)
 	}
 	t.Cleanup(func() { _ = syscall.Unmount(dir, syscall.MNT_DETACH) })
-	r := &rig{effects: faults.NewEffects(t, dbtest.SQLite(t), "effects")}
 	srv := natstest.New(t, natstest.WithSync, func(o *server.Options) { o.StoreDir = filepath.Join(dir, "nats") })
 	_, js := srv.Connect()
 	_, err := (stream.Topology{Replicas: 1, MaxBytes: 1 << 30, Handlers: []stream.HandlerSpec{{Name: "effects"}}}).Ensure(t.Context(), js)
 	require.NoError(t, err)
-	r.bundle, r.nats, r.broker = &bundle{t: t, js: js}, srv, faults.NewBroker(js)
 	p := stream.NewPublisher(js, 1)
 	t.Cleanup(p.Close)
 	body := []byte(fmt.Sprintf(`{"type":"user.created","data":{"id":"user_1","pad":%q}}`, strings.Repeat("x", 200<<10)))

@@ -351,7 +351,6 @@ func TestOutagesUnderLoad(t *testing.T) {
 	caught := calm()
 	t.Logf("database away for %s at %d events/s: %d events accepted meanwhile; backlog gone and ready %s after it was back", away, rate, meanwhile, caught.Round(100*time.Millisecond))
 
-	before = accepted()
 	require.NoError(t, c.processes["nats-server"].cmd.Process.Signal(syscall.SIGTERM))
 	gone = time.Now()
 	_ = c.processes["nats-server"].wait(20 * time.Second)

@@ -1,7 +1,6 @@
 package deadletter
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -245,27 +244,49 @@ func markDiscarded(ctx context.Context, db *gorm.DB, letters []held) (int, error
 	return mark(ctx, db, letters, "status = 'discarded', letter_seq = NULL, processed_at = ?", func(held) []any { return []any{time.Now().UTC()} })
 }
 
-// mark updates the rows of letters that are still what they were. It locks rows in the order in which the worker does, so that
-// the two never wait for each other.
+// mine is a row that is still what it was when its letter was read. The status stands inside the CASE, so that PostgreSQL takes the
+// key and not the partial index of all that is dead.
+const mine = "handler = ? AND event_id = ? AND CASE WHEN status = 'dead' THEN COALESCE(letter_seq, 0) END = ?"
+
+// mark updates the rows of letters that are still what they were. On PostgreSQL it never waits for a lock while it holds one, so
+// that it cannot get into a deadlock with a worker that is writing the same rows: those that are locked are left for the end, one at a time.
 func mark(ctx context.Context, db *gorm.DB, letters []held, set string, args func(held) []any) (int, error) {
-	letters = slices.SortedFunc(slices.Values(letters), func(a, b held) int {
-		return cmp.Or(cmp.Compare(a.Handler, b.Handler), cmp.Compare(a.EventID, b.EventID))
-	})
+	update, skipping := "UPDATE deliveries SET "+set+" WHERE "+mine, false
+	if db.Name() == "postgres" {
+		update, skipping = "UPDATE deliveries AS d SET "+set+" FROM (SELECT handler, event_id FROM deliveries WHERE "+mine+
+			" FOR UPDATE SKIP LOCKED) AS l WHERE d.handler = l.handler AND d.event_id = l.event_id", true
+	}
+	one := func(tx *gorm.DB, update string, l held) (int, error) {
+		result := tx.Exec(update, append(args(l), l.Handler, l.EventID, int64(l.LetterSeq))...)
+		if result.Error != nil {
+			return 0, fmt.Errorf("mark %s: %w", l.EventID, result.Error)
+		}
+		return int(result.RowsAffected), nil
+	}
 	changed := 0
-	// The status stands inside the CASE, so that PostgreSQL takes the key and not the partial index of all that is dead.
+	var left []held
 	err := db.WithContext(ctx).Transaction(func(tx *gorm.DB) error {
 		for _, l := range letters {
-			values := append(args(l), l.Handler, l.EventID, int64(l.LetterSeq))
-			result := tx.Exec("UPDATE deliveries SET "+set+" WHERE handler = ? AND event_id = ? AND CASE WHEN status = 'dead' THEN COALESCE(letter_seq, 0) END = ?", values...)
-			if result.Error != nil {
-				return result.Error
+			n, err := one(tx, update, l)
+			if err != nil {
+				return err
 			}
-			changed += int(result.RowsAffected)
+			if n == 0 && skipping {
+				left = append(left, l)
+			}
+			changed += n
 		}
 		return nil
 	})
 	if err != nil {
 		return 0, fmt.Errorf("mark dead letters: %w", err)
+	}
+	for _, l := range left {
+		n, err := one(db.WithContext(ctx), "UPDATE deliveries SET "+set+" WHERE "+mine, l)
+		if err != nil {
+			return changed, err
+		}
+		changed += n
 	}
 	return changed, nil
 }

@@ -31,13 +31,13 @@ func (b *Broker) PublishMsg(ctx context.Context, msg *nats.Msg, opts ...jetstrea
 			b.AfterLetter()
 		}
 	}
-	return ack, err
+	return ack, err //nolint:wrapcheck // transparent
 }
 
 // Consumer implements jetstream.JetStream.
 func (b *Broker) Consumer(ctx context.Context, stream, name string) (jetstream.Consumer, error) {
 	c, err := b.JetStream.Consumer(ctx, stream, name)
-	return consumer{c, b}, err
+	return consumer{c, b}, err //nolint:wrapcheck // transparent
 }
 
 type consumer struct {
@@ -47,7 +47,7 @@ type consumer struct {
 
 func (c consumer) Messages(opts ...jetstream.PullMessagesOpt) (jetstream.MessagesContext, error) {
 	m, err := c.Consumer.Messages(opts...)
-	return messages{m, c.broker}, err
+	return messages{m, c.broker}, err //nolint:wrapcheck // transparent
 }
 
 type messages struct {
@@ -58,7 +58,7 @@ type messages struct {
 func (m messages) Next(opts ...jetstream.NextOpt) (jetstream.Msg, error) {
 	msg, err := m.MessagesContext.Next(opts...)
 	if err != nil {
-		return nil, err
+		return nil, err //nolint:wrapcheck // transparent
 	}
 	return message{msg, m.broker}, nil
 }
@@ -72,12 +72,12 @@ func (m message) Ack() error {
 	if m.broker.LoseAcks.Add(-1) >= 0 {
 		return nil
 	}
-	return m.Msg.Ack()
+	return m.Msg.Ack() //nolint:wrapcheck // transparent
 }
 
 func (m message) TermWithReason(reason string) error {
 	if m.broker.LoseTerms.Add(-1) >= 0 {
 		return nil
 	}
-	return m.Msg.TermWithReason(reason)
+	return m.Msg.TermWithReason(reason) //nolint:wrapcheck // transparent
 }

@@ -1,6 +1,7 @@
 package faults
 
 import (
+	"context"
 	"net"
 	"sync"
 	"testing"
@@ -83,7 +84,7 @@ func (p *Proxy) accept() {
 		if err != nil {
 			return
 		}
-		out, err := net.DialTimeout("tcp", p.target, 5*time.Second)
+		out, err := (&net.Dialer{Timeout: 5 * time.Second}).DialContext(context.Background(), "tcp", p.target)
 		if err != nil {
 			_ = in.Close()
 			continue
