@@ -183,6 +183,32 @@ func TestRepeatedEventIsAppliedOnce(t *testing.T) {
 	})
 }
 
+func TestReplayOfALetterDoesNotRepeatWhatWasAppliedMeanwhile(t *testing.T) {
+	t.Parallel()
+	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {
+		counter := &countingHandler{}
+		b := start(t, db, worker.Config{Handlers: []worker.Registration{{Handler: counter}}})
+		e, err := event.Decode(user("user_1"))
+		require.NoError(t, err)
+		e.ID, e.Source, e.ReceivedAt = "msg_1", "clerk", time.Now()
+		replay := func(id string) {
+			msg := stream.Message(&e)
+			msg.Subject = stream.ReplaySubject("counting", &e)
+			msg.Header.Set(stream.HeaderMsgID, id)
+			msg.Header.Set(stream.HeaderReplayID, id)
+			_, err := b.js.PublishMsg(t.Context(), msg)
+			require.NoError(t, err)
+			b.settled("counting", 1)
+		}
+		b.publish("msg_1", user("user_1"))
+		b.settled("counting", 1)
+		replay(stream.LetterReplay + "7:x")
+		assert.Len(t, counter.seen(), 1)
+		replay("run:1") // on purpose
+		require.Eventually(t, func() bool { return len(counter.seen()) == 2 }, 10*time.Second, 10*time.Millisecond)
+	})
+}
+
 func TestBadEventStandsAloneAndTheOthersCommit(t *testing.T) {
 	t.Parallel()
 	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {

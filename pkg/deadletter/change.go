@@ -113,7 +113,7 @@ type held struct {
 // replayID is the id of the replay of one letter. It holds the time of the letter, since the sequences of a stream that was made
 // anew begin at one again.
 func replayID(seq uint64, at time.Time) string {
-	return "replay:" + strconv.FormatUint(seq, 10) + ":" + strconv.FormatInt(at.UnixMicro(), 36)
+	return stream.LetterReplay + strconv.FormatUint(seq, 10) + ":" + strconv.FormatInt(at.UnixMicro(), 36)
 }
 
 // readPage reads the letters of a page; nil where one is gone.

@@ -42,6 +42,10 @@ const (
 // and of an atomic batch.
 const HeaderRoom = 4 << 10
 
+// LetterReplay begins the replay id of a dead letter. Such a replay wants the event applied, not applied again: where it
+// was applied meanwhile, the handler does nothing.
+const LetterReplay = "replay:"
+
 // maxToken bounds one token of a subject, in bytes.
 const maxToken = 128
 

@@ -16,6 +16,7 @@ import (
 
 	"github.com/usherhq/usher/pkg/database"
 	"github.com/usherhq/usher/pkg/event"
+	"github.com/usherhq/usher/pkg/stream"
 )
 
 // Status is what became of an event at a handler.
@@ -57,8 +58,12 @@ type Known struct {
 
 // For is what the log says to this delivery of the event. A deliberate replay that the log has not seen yet
 // begins anew: its attempts count from zero, and an event that was applied is applied again. So does a dead one that its
-// sender sent again, which is another delivery; the same delivery is only the end of what a crash interrupted.
+// sender sent again, which is another delivery; the same delivery is only the end of what a crash interrupted. The replay of a
+// dead letter does not repeat what was applied meanwhile.
 func (k Known) For(e *event.Event) Known {
+	if k.Status == Processed && strings.HasPrefix(e.ReplayID, stream.LetterReplay) {
+		return k
+	}
 	if e.ReplayID != "" && e.ReplayID != k.ReplayID || k.Status == Dead && k.Seq != e.Seq {
 		return Known{}
 	}
@@ -162,7 +167,7 @@ var upsert = database.Upsert{
 	Conflict: []string{"handler", "event_id"},
 	// What is settled stays so, but for a deliberate replay that the row has not seen.
 	Guard: "(deliveries.status NOT IN ('processed', 'discarded') OR " +
-		"excluded.replay_id IS NOT NULL AND excluded.replay_id <> COALESCE(deliveries.replay_id, ''))",
+		"excluded.replay_id IS NOT NULL AND excluded.replay_id NOT LIKE '" + stream.LetterReplay + "%' AND excluded.replay_id <> COALESCE(deliveries.replay_id, ''))",
 }
 
 func (i *Inbox) write(ctx context.Context, tx *gorm.DB, entries []Entry) (int64, error) {
