@@ -13,6 +13,7 @@ import (
 	"gorm.io/gorm"
 
 	"github.com/usherhq/usher/pkg/replay"
+	"github.com/usherhq/usher/pkg/stream"
 )
 
 // Result says what a run did.
