@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"runtime/debug"
 	"slices"
 	"strings"
@@ -31,6 +30,7 @@ type loop struct {
 	broker  trouble // of the subscription
 	outage  outage
 	calls   calls
+	pace    pace
 	cfg     Config
 	handler Handler
 	js      jetstream.JetStream
@@ -69,7 +69,7 @@ func newLoop(w *Worker, h Handler) *loop {
 // prefetchBytes bounds what the client library holds ahead of the loop. It is a limit of bytes and not of messages, because
 // the library drops what comes when as many messages as the limit wait to be taken, the broker's own words included: in
 // an outage events were lost from sight until AckWait. Half of it must hold the largest event.
-const prefetchBytes = 4 << 20
+const prefetchBytes = 5 << 19
 
 // run consumes until ctx is done. It opens the consumer again, with backoff, whenever that is lost.
 func (l *loop) run(ctx context.Context) error {
@@ -181,13 +181,8 @@ func (l *loop) pump(iter jetstream.MessagesContext, fresh, again chan<- jetstrea
 		select {
 		case again <- msg:
 		default:
-			// The slow lane has enough to do, and this one must not block the way for fresh events. What comes
-			// for the second time may be what a stopped worker gave back, so that waits less.
-			delay := time.Second + rand.N(2*time.Second)
-			if meta.NumDelivered > 2 {
-				delay = 5*time.Second + rand.N(10*time.Second)
-			}
-			l.nak(msg, delay)
+			// The slow lane has enough to do, and this one must not block the way for fresh events.
+			l.nak(msg, l.pace.next())
 		}
 	}
 }
@@ -207,6 +202,38 @@ func (l *loop) heartbeat() error {
 	}
 	l.broker.setTrouble(err)
 	return nil
+}
+
+// pace spreads what is put off, so that it comes again one by one: the broker hands out what comes again before what is new,
+// and a flood that came again all at once would keep it from ever coming to that.
+type pace struct {
+	mu   sync.Mutex
+	step time.Duration // between two events that were put off
+	last time.Time
+}
+
+// The bounds of the step between two events that were put off.
+const minStep, maxStep = 2 * time.Millisecond, 50 * time.Millisecond
+
+// worked tells how long the worker needed for so many single events: what is put off comes half as fast.
+func (p *pace) worked(n int, took time.Duration) {
+	if n == 0 {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.step = (7*p.step + 2*took/time.Duration(n)) / 8
+}
+
+func (p *pace) next() time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	now := time.Now()
+	p.last = p.last.Add(min(max(p.step, minStep), maxStep))
+	if soon := now.Add(time.Second); p.last.Before(soon) {
+		p.last = soon
+	}
+	return p.last.Sub(now)
 }
 
 // slowLane works until both channels are closed.
@@ -356,7 +383,7 @@ func (l *loop) skim(ctx context.Context, batch []*delivery) {
 		return
 	}
 	for _, d := range batch[first:last] {
-		l.nak(d.msg, time.Second+rand.N(2*time.Second))
+		l.nak(d.msg, l.pace.next())
 	}
 }
 
@@ -446,6 +473,7 @@ func (l *loop) isolate(ctx context.Context, batch []*delivery) (done, failed int
 		return 0, 0, err
 	}
 	l.works()
+	l.pace.worked(done, time.Since(start))
 	l.applied(batch[:done], s, good, start)
 	l.settleFailed(verdicts, retry)
 	l.bury(ctx, verdicts)

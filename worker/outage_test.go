@@ -185,7 +185,7 @@ func (r *rig) report() {
 		r.t.Logf("pending %d, ack pending %d, redelivered %d, ack floor %d", i.NumPending, i.NumAckPending, i.NumRedelivered, i.AckFloor.Stream)
 	}
 	for i, e := range r.logs.All() {
-		if i > 100 {
+		if i > 30 {
 			break
 		}
 		r.t.Log(e.Time.Format("15:04:05.000"), e.Level, e.Message, e.ContextMap())
