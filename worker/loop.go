@@ -319,13 +319,13 @@ func (l *loop) parse(messages []jetstream.Msg) (batch []*delivery, failures []fa
 // storable makes the names of an event fit for a column of text. PostgreSQL refuses some that JSON allows, and the
 // delivery log must be able to take every event: without a row an event's attempts would never end.
 func storable(e *event.Event) {
-	typ, origin := string(e.Type), string(e.Origin)
-	for _, s := range []*string{&e.ID, &typ, &e.Source, &origin, &e.Object.ID, &e.Object.UserID, &e.ReplayID} {
+	typ, origin, first := string(e.Type), string(e.Origin), string(e.FirstOrigin)
+	for _, s := range []*string{&e.ID, &typ, &e.Source, &origin, &first, &e.Object.ID, &e.Object.UserID, &e.ReplayID} {
 		if strings.ContainsRune(*s, 0) || !utf8.ValidString(*s) {
 			*s = strings.ToValidUTF8(strings.ReplaceAll(*s, "\x00", "\uFFFD"), "\uFFFD")
 		}
 	}
-	e.Type, e.Origin = event.Type(typ), event.Origin(origin)
+	e.Type, e.Origin, e.FirstOrigin = event.Type(typ), event.Origin(origin), event.Origin(first)
 }
 
 // apply applies a batch in one transaction and settles every event of it. A batch that fails for an event's own

@@ -213,8 +213,9 @@ func TestAReplayIsTheOriginalAndNothingOfTheLetter(t *testing.T) {
 		}
 	}
 	slices.Sort(names)
-	assert.Equal(t, []string{"Nats-Msg-Id", "Usher-Event-Id", "Usher-Origin", "Usher-Replay-Id", "Usher-Source", "Usher-Type", "traceparent"}, names)
+	assert.Equal(t, []string{"Nats-Msg-Id", "Usher-Event-Id", "Usher-First-Origin", "Usher-Origin", "Usher-Replay-Id", "Usher-Source", "Usher-Type", "traceparent"}, names)
 	assert.Equal(t, "replay", msg.Header.Get("Usher-Origin"))
+	assert.Equal(t, "webhook", msg.Header.Get("Usher-First-Origin"))
 	assert.Equal(t, msg.Header.Get("Nats-Msg-Id"), msg.Header.Get("Usher-Replay-Id"))
 	var r row
 	require.NoError(t, db.Take(&r).Error)

@@ -61,6 +61,10 @@ type Event struct {
 	Type   Type
 	Source string // the configured Clerk instance, as in Usher-Source
 	Origin Origin
+	// FirstOrigin is the origin that the event had before any replay, however often it was replayed; equal to
+	// Origin where it never was. A replay changes Origin, so a handler that leaves something out for a backfill
+	// (no reminders for what happened long ago) asks FirstOrigin.
+	FirstOrigin Origin
 	// InstanceID is Clerk's id of the instance ("ins_…"), empty where the envelope has none.
 	InstanceID string
 	// Timestamp is when the change happened, in ms since the epoch, 0 where the envelope has none.
@@ -119,8 +123,8 @@ func Millis(ts int64) int64 {
 
 // Decode reads the envelope of one webhook body. It requires a JSON object with a non-empty type
 // and an object as data; everything else may be absent, null or odd. Names count as they are written, and
-// of a repeated name the last. ID, Source, Origin, ReceivedAt and Seq are the caller's to fill in: the body
-// does not hold them. The result keeps body.
+// of a repeated name the last. ID, Source, Origin, FirstOrigin, ReceivedAt and Seq are the caller's to fill in: the
+// body does not hold them. The result keeps body.
 func Decode(body []byte) (Event, error) {
 	if !json.Valid(body) {
 		// Only to say what is wrong with it, and where.

@@ -49,6 +49,7 @@ func NewItem(handler, id string, stored *jetstream.RawStreamMsg) Item {
 	}
 	msg.Header.Set(stream.HeaderEventID, e.ID) // a message published by hand may have none
 	msg.Header.Set(stream.HeaderOrigin, string(event.OriginReplay))
+	msg.Header.Set(stream.HeaderFirstOrigin, string(e.FirstOrigin)) // that of the very first, since a replay has it already
 	msg.Header.Set(stream.HeaderReplayID, id)
 	msg.Header.Set(stream.HeaderMsgID, id)
 	return Item{Handler: handler, EventID: e.ID, ID: id, Message: msg}

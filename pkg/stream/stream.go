@@ -8,6 +8,7 @@
 package stream
 
 import (
+	"cmp"
 	"fmt"
 	"strconv"
 	"strings"
@@ -32,6 +33,7 @@ const (
 	HeaderType          = "Usher-Type"
 	HeaderSource        = "Usher-Source"
 	HeaderOrigin        = "Usher-Origin"
+	HeaderFirstOrigin   = "Usher-First-Origin" // of a replay: that of the event before any replay
 	HeaderReceivedAt    = "Usher-Received-At"
 	HeaderReplayID      = "Usher-Replay-Id"
 	HeaderReplayEffects = "Usher-Replay-Effects"
@@ -125,6 +127,7 @@ func Parse(header nats.Header, body []byte, seq uint64) (event.Event, error) {
 	if e.Origin == "" {
 		e.Origin = event.OriginWebhook
 	}
+	e.FirstOrigin = cmp.Or(event.Origin(header.Get(HeaderFirstOrigin)), e.Origin)
 	e.ReplayID = header.Get(HeaderReplayID)
 	e.WithEffects = header.Get(HeaderReplayEffects) == "true"
 	e.TraceParent = header.Get(HeaderTraceParent)

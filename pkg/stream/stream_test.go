@@ -68,7 +68,7 @@ func TestMessageAndParse(t *testing.T) {
 	want.TraceParent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 	msg := stream.Message(&want)
 	assert.Equal(t, body, msg.Data)
-	want.Seq = 7
+	want.Seq, want.FirstOrigin = 7, event.OriginReconcile
 	got, err := stream.Parse(msg.Header, msg.Data, 7)
 	require.NoError(t, err)
 	assert.Equal(t, want, got)
@@ -78,7 +78,7 @@ func TestMessageAndParse(t *testing.T) {
 	msg = stream.Message(&bad)
 	got, err = stream.Parse(msg.Header, msg.Data, 8)
 	require.ErrorIs(t, err, event.ErrMalformed)
-	bad.Seq = 8
+	bad.Seq, bad.FirstOrigin = 8, event.OriginWebhook
 	assert.Equal(t, bad, got)
 
 	// Published by hand.
@@ -86,6 +86,7 @@ func TestMessageAndParse(t *testing.T) {
 	require.NoError(t, err)
 	assert.Equal(t, "seq_9", got.ID)
 	assert.Equal(t, event.OriginWebhook, got.Origin)
+	assert.Equal(t, event.OriginWebhook, got.FirstOrigin)
 	got, err = stream.Parse(nats.Header{stream.HeaderMsgID: {"x"}}, body, 9)
 	require.NoError(t, err)
 	assert.Equal(t, "x", got.ID)

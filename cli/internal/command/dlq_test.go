@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -82,10 +83,12 @@ func (y *yard) publish(names ...string) {
 	}
 }
 
-func userEvent(name string) *nats.Msg {
+func userEvent(name string) *nats.Msg { return userEventOf(name, event.OriginWebhook) }
+
+func userEventOf(name string, origin event.Origin) *nats.Msg {
 	body := fmt.Appendf(nil, `{"type":"user.created","object":"event","timestamp":1768471200036,"data":{"id":"user_%s","object":"user","first_name":%q,"created_at":1768471200000,"updated_at":1768471200018}}`, name, name)
 	e, _ := event.Decode(body)
-	e.ID, e.Source, e.Origin, e.ReceivedAt = "msg_"+name, "clerk", event.OriginWebhook, time.Now()
+	e.ID, e.Source, e.Origin, e.ReceivedAt = "msg_"+name, "clerk", origin, time.Now()
 	return stream.Message(&e)
 }
 
@@ -609,6 +612,67 @@ func TestReplayOfAnAppliedEventRepeatsNoEffect(t *testing.T) {
 			assert.Equal(t, event.OriginReplay, e.Origin)
 			assert.Equal(t, i >= 6, e.WithEffects)
 		}
+	})
+}
+
+// TestReplaysKeepTheFirstOrigin: a handler must be able to see that what is replayed was a backfill, which sends no reminder.
+func TestReplaysKeepTheFirstOrigin(t *testing.T) {
+	t.Parallel()
+	eachDatabase(t, func(t *testing.T, url string) {
+		y, c, cfg := newCounting(t, url, 0)
+		var mu sync.Mutex
+		var seen []string
+		failing := true
+		c.set(func(e event.Event) error {
+			mu.Lock()
+			defer mu.Unlock()
+			seen = append(seen, fmt.Sprintf("%s %s %s", e.ID, e.Origin, e.FirstOrigin))
+			if failing {
+				return worker.Permanent(errBroken)
+			}
+			return nil
+		})
+		handled := func() []string {
+			mu.Lock()
+			defer mu.Unlock()
+			list := slices.Compact(slices.Sorted(slices.Values(seen))) // a batch that fails is tried again one by one
+			seen = nil
+			return list
+		}
+		y.work(cfg)
+		for name, origin := range map[string]event.Origin{"a": event.OriginBackfill, "b": event.OriginReconcile, "c": event.OriginWebhook} {
+			_, err := y.js.PublishMsg(t.Context(), userEventOf(name, origin))
+			require.NoError(t, err)
+		}
+		y.wait("counter", "dead", 3)
+		assert.Equal(t, []string{"msg_a backfill backfill", "msg_b reconcile reconcile", "msg_c webhook webhook"}, handled())
+
+		// Replayed, and dead again: the letter of a replay.
+		replayed := []string{"msg_a replay backfill", "msg_b replay reconcile", "msg_c replay webhook"}
+		y.Run("dlq", "replay", "--all", "--yes").want(exitNo)
+		y.wait("counter", "dead", 3)
+		y.quiet("counter")
+		assert.Equal(t, replayed, handled())
+		assert.Equal(t, "backfill", into[shownLetter](y.Run("dlq", "show", "msg_a", "-o", "json").want(exitOK)).Headers["Usher-First-Origin"])
+		mu.Lock()
+		failing = false
+		mu.Unlock()
+		y.Run("dlq", "replay", "--all", "--yes").want(exitOK)
+		y.appliedOnce(3)
+		assert.Equal(t, replayed, handled())
+
+		// Replayed on purpose: found by id, which is the replay that the log names, and then from the events themselves.
+		y.Run("replay", "--event", "msg_b", "--stop-at", "100", "--yes").want(exitOK)
+		s, err := y.js.Stream(t.Context(), stream.Events)
+		require.NoError(t, err)
+		last, err := s.GetLastMsgForSubject(t.Context(), "clerk.replay.mirror.>")
+		require.NoError(t, err)
+		assert.Equal(t, "msg_b replay reconcile", last.Header.Get("Usher-Event-Id")+" "+last.Header.Get("Usher-Origin")+" "+last.Header.Get("Usher-First-Origin"))
+		run := replay.New(y.js, y.db, replay.Options{})
+		require.NoError(t, run.Events(t.Context(), s, replay.Selection{Handler: "counter", Subjects: []string{"clerk.evt.>"}, Last: 3, RunID: "r"}))
+		require.NoError(t, run.Finish(t.Context()))
+		assert.Equal(t, replayed, handled())
+		assert.Equal(t, 3, y.count("deliveries", "handler = 'counter' AND origin = 'replay'"), "the log says how it came the last time")
 	})
 }
 

@@ -76,6 +76,7 @@ func corpus(t testing.TB) []event.Event {
 		e, err := event.Decode(body)
 		require.NoError(t, err, id)
 		e.ID, e.Source, e.Origin, e.ReceivedAt, e.Seq = id, "clerk", event.OriginWebhook, time.UnixMilli(1768471200000), uint64(len(events)+1)
+		e.FirstOrigin = e.Origin
 		events = append(events, e)
 	}
 	for _, typ := range fixture.Types() {
