@@ -468,6 +468,21 @@ func TestOutageOfSQLiteCostsNoAttempt(t *testing.T) {
 	r.untouched(60 * time.Second)
 }
 
+// TestMissingTableOfSQLiteCostsNoAttempt: the handler's table is away, then the delivery log, as while a file is restored.
+func TestMissingTableOfSQLiteCostsNoAttempt(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, dbtest.SQLite(t), worker.Config{Attempts: 2, RetryInitial: 10 * time.Millisecond, RetryMax: 20 * time.Millisecond, BatchSize: 20}, nil)
+	r.work()
+	for _, table := range []string{"effects", "deliveries"} {
+		r.send(ids("before_"+table, 100)...)
+		require.NoError(t, r.db.Exec("ALTER TABLE "+table+" RENAME TO gone").Error)
+		r.send(ids("meanwhile_"+table, 100)...)
+		r.notReady("no such table: " + table)
+		require.NoError(t, r.db.Exec("ALTER TABLE gone RENAME TO "+table).Error)
+		r.untouched(60 * time.Second)
+	}
+}
+
 func TestOutageOfTheBrokerCostsNoAttempt(t *testing.T) {
 	t.Parallel()
 	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {

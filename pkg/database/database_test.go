@@ -367,6 +367,30 @@ func TestIsInfrastructureTellsAnOutageFromTheDatasError(t *testing.T) {
 	}
 }
 
+func TestAMissingTableIsAnOutageAndAMissingColumnIsNot(t *testing.T) {
+	t.Parallel()
+	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {
+		for statement, outage := range map[string]bool{
+			"INSERT INTO nowhere (a) VALUES (1)":           true,
+			"SELECT * FROM nowhere":                        true,
+			"UPDATE nowhere SET a = 1":                     true,
+			"SELECT nothing FROM deliveries":               false,
+			"INSERT INTO deliveries (nothing) VALUES (1)":  false,
+			"INSERT INTO deliveries (handler) VALUES ('')": false,
+			"SELEC 1": false,
+		} {
+			err := db.Exec(statement).Error
+			require.Error(t, err, statement)
+			assert.Equal(t, outage, database.IsInfrastructure(fmt.Errorf("apply: %w", err)), "%s: %v", statement, err)
+		}
+	})
+	db := dbtest.SQLite(t)
+	require.NoError(t, db.Exec("CREATE TRIGGER odd BEFORE INSERT ON deliveries BEGIN SELECT RAISE(ABORT, 'no such table: x'); END").Error)
+	err := db.Exec("INSERT INTO deliveries (handler) VALUES ('')").Error
+	require.ErrorContains(t, err, "no such table: x")
+	assert.False(t, database.IsInfrastructure(err), "a rule of the schema that only says so")
+}
+
 // TestOutagesOfARealServerAreInfrastructure stops and kills a server under open connections, and shuts it off in other ways.
 func TestOutagesOfARealServerAreInfrastructure(t *testing.T) {
 	t.Parallel()

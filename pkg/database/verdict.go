@@ -55,7 +55,7 @@ func IsInfrastructure(err error) bool {
 	}
 	var lite *gosqlite.Error
 	if errors.As(err, &lite) {
-		return sqliteInfrastructure[lite.Code()&0xff]
+		return sqliteInfrastructure[lite.Code()&0xff] || isMissingTable(err)
 	}
 	for _, target := range []error{
 		context.Canceled, context.DeadlineExceeded, driver.ErrBadConn, sql.ErrConnDone, sql.ErrTxDone,
@@ -84,11 +84,12 @@ func IsConstraint(err error) bool {
 	return errors.As(err, &lite) && lite.Code()&0xff == 19
 }
 
-// isMissingTable tells whether a query named a table that does not exist.
+// isMissingTable tells whether a query named a table that does not exist. SQLite has no code for that, only its words.
 func isMissingTable(err error) bool {
 	var pg *pgconn.PgError
 	if errors.As(err, &pg) {
 		return pg.Code == "42P01" || pg.Code == "3F000"
 	}
-	return err != nil && strings.Contains(err.Error(), "no such table")
+	var lite *gosqlite.Error
+	return errors.As(err, &lite) && lite.Code()&0xff == 1 && strings.Contains(lite.Error(), "no such table: ")
 }
