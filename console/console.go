@@ -17,8 +17,8 @@ import (
 	"strings"
 	"time"
 
-	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
+	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 	"gorm.io/gorm"
 
@@ -41,77 +41,64 @@ const (
 
 // Config is what the console needs to know.
 type Config struct {
-	Addr        string        // listener, host:port; port 0 takes a free one
-	AdminToken  string        // empty: Addr must be a loopback address
-	NATSURL     string        // the broker; required
-	NATSCreds   string        // credentials file for it, empty for none
-	NATSOptions []nats.Option // come last and may override, as for a broker in the same process
-	DB          *gorm.DB      // read only, the caller closes it; nil: what is in the database is not shown
+	Addr       string // listener, host:port; port 0 takes a free one
+	AdminToken string // empty: Addr must be a loopback address
 }
 
-// ConfigFrom takes the console's part of the settings. DB is the caller's to open.
+// ConfigFrom takes the console's part of the settings.
 func ConfigFrom(s *config.Settings) Config {
-	return Config{Addr: s.ConsoleAddr, AdminToken: s.AdminToken, NATSURL: s.NATSURL, NATSCreds: s.NATSCreds}
+	return Config{Addr: s.ConsoleAddr, AdminToken: s.AdminToken}
 }
 
 // Validate names every setting that is missing or wrong. The error is config.Problems.
 func (c Config) Validate() error {
-	var problems config.Problems
-	if c.NATSURL == "" {
-		problems = append(problems, "USHER_NATS_URL: not set: the console needs the broker (`usher serve` brings its own)")
-	}
 	if c.AdminToken == "" && !config.IsLoopback(c.Addr) {
-		problems = append(problems, fmt.Sprintf("USHER_CONSOLE_ADDR: %q is not a loopback address and USHER_ADMIN_TOKEN is not set", c.Addr))
-	}
-	if len(problems) > 0 {
-		return problems
+		return config.Problems{fmt.Sprintf("USHER_CONSOLE_ADDR: %q is not a loopback address and USHER_ADMIN_TOKEN is not set", c.Addr)}
 	}
 	return nil
+}
+
+// Deps are what the console takes from its process, which closes them.
+type Deps struct {
+	JetStream  jetstream.JetStream
+	DB         *gorm.DB // nil: what is in the database is not shown
+	Log        *zap.Logger
+	Health     *observe.Health
+	Registerer prometheus.Registerer // nil for none
 }
 
 // Console implements lifecycle.Service.
 type Console struct {
 	cfg      Config
+	js       jetstream.JetStream
+	db       *gorm.DB // may be nil
 	log      *zap.Logger
 	listener net.Listener
 	server   *http.Server
-	nc       *nats.Conn
-	js       jetstream.JetStream
 	presence *stream.Presence
 }
 
-// New listens at once, so that a taken port is an error here, and connects to the broker, which may be
-// away: the check "console" in health says so until it is there. Run closes both; Close does where Run
-// is never called.
-func New(cfg Config, log *zap.Logger, health *observe.Health) (*Console, error) {
+// New listens at once, so that a taken port is an error here. The broker may be away: the check "console" in health
+// says so until it is there. Run closes the listener; Close does where Run is never called.
+func New(cfg Config, deps Deps) (*Console, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
-	log = log.With(zap.String("service", Name))
-	nc, err := stream.Connect(cfg.NATSURL, cfg.NATSCreds, Name, log, cfg.NATSOptions...)
-	if err != nil {
-		return nil, fmt.Errorf("start %s: %w", Name, err)
-	}
-	js, err := stream.JetStream(nc)
-	if err != nil {
-		nc.Close()
-		return nil, fmt.Errorf("start %s: %w", Name, err)
-	}
+	log := deps.Log.With(zap.String("service", Name))
 	listener, err := net.Listen("tcp", cfg.Addr)
 	if err != nil {
-		nc.Close()
 		return nil, fmt.Errorf("start %s: listen: %w", Name, err)
 	}
 	c := &Console{
-		cfg: cfg, log: log, listener: listener, nc: nc, js: js,
-		presence: stream.NewPresence(nc, js, log, stream.Events, stream.DeadLetters),
+		cfg: cfg, js: deps.JetStream, db: deps.DB, log: log, listener: listener,
+		presence: stream.NewPresence(deps.JetStream.Conn(), deps.JetStream, log, stream.Events, stream.DeadLetters),
 	}
 	c.server = &http.Server{
 		Handler: c.guard(c.routes()), ReadHeaderTimeout: readTimeout, ReadTimeout: readTimeout,
 		WriteTimeout: writeTimeout, IdleTimeout: time.Minute, MaxHeaderBytes: maxHeader,
 		ErrorLog: zap.NewStdLog(log),
 	}
-	health.Add(Name, c.presence.Check)
+	deps.Health.Add(Name, c.presence.Check)
 	return c, nil
 }
 
@@ -121,11 +108,8 @@ func (c *Console) Name() string { return Name }
 // Addr is where the console listens.
 func (c *Console) Addr() string { return c.listener.Addr().String() }
 
-// Close gives back what New opened. It may be called after Run, and more than once.
-func (c *Console) Close() {
-	_ = c.listener.Close()
-	c.nc.Close()
-}
+// Close gives the listener back. It may be called after Run, and more than once.
+func (c *Console) Close() { _ = c.listener.Close() }
 
 // Run serves until ctx is done, then lets requests in flight finish for five seconds.
 func (c *Console) Run(ctx context.Context) error {

@@ -36,11 +36,13 @@ type running struct {
 	client *http.Client
 }
 
-func start(t *testing.T, cfg console.Config) *running {
+func start(t *testing.T, broker *natstest.Server, cfg console.Config, deps console.Deps) *running {
 	t.Helper()
 	cfg.Addr = "127.0.0.1:0"
 	r := &running{health: &observe.Health{}, client: &http.Client{Transport: &http.Transport{}, Timeout: 10 * time.Second}}
-	c, err := console.New(cfg, zap.NewNop(), r.health)
+	_, deps.JetStream = broker.Connect()
+	deps.Log, deps.Health = zap.NewNop(), r.health
+	c, err := console.New(cfg, deps)
 	require.NoError(t, err)
 	r.url = "http://" + c.Addr()
 	ctx, cancel := context.WithCancel(context.Background())
@@ -99,7 +101,7 @@ func TestConsumersAreListedWithTheirLag(t *testing.T) {
 	_, err = c.Next(jetstream.FetchMaxWait(5 * time.Second)) // taken and not settled
 	require.NoError(t, err)
 
-	r := start(t, console.Config{NATSURL: broker.URL()})
+	r := start(t, broker, console.Config{}, console.Deps{})
 	got := r.do(t, http.MethodGet, "/api/consumers", nil)
 	require.Equal(t, http.StatusOK, got.status, got.body)
 	var list struct {
@@ -132,7 +134,7 @@ func TestThePageShowsWhatWasNotProcessed(t *testing.T) {
 			require.NoError(t, db.Exec(`INSERT INTO deliveries (handler, event_id, type, source, origin, status, received_at)
 				VALUES ('mirror', ?, 'user.created', 'clerk', 'webhook', ?, ?)`, strconv.Itoa(i), status, time.Now().UTC()).Error)
 		}
-		r := start(t, console.Config{NATSURL: broker.URL(), DB: db})
+		r := start(t, broker, console.Config{}, console.Deps{DB: db})
 		page := r.do(t, http.MethodGet, "/admin", nil)
 		assert.Contains(t, page.body, `<th scope="row">mirror</th><td>dead</td><td>2</td>`)
 		assert.Contains(t, page.body, `<th scope="row">mirror</th><td>retrying</td><td>1</td>`)
@@ -150,7 +152,7 @@ func TestNobodyReadsWithoutTheToken(t *testing.T) {
 	t.Parallel()
 	broker := natstest.New(t)
 	broker.Setup()
-	r := start(t, console.Config{NATSURL: broker.URL(), AdminToken: token})
+	r := start(t, broker, console.Config{AdminToken: token}, console.Deps{})
 	for _, path := range []string{"/", "/admin", "/admin/admin.css", "/api/consumers", "/api/unknown", "/unknown"} {
 		for name, change := range map[string]func(*http.Request){
 			"none": nil, "empty": bearer("Bearer "), "wrong": bearer("Bearer " + token + "x"), "shorter": bearer("Bearer " + token[1:]),
@@ -174,7 +176,7 @@ func TestWithoutATokenOnlyLocalhostIsAnswered(t *testing.T) {
 	t.Parallel()
 	broker := natstest.New(t)
 	broker.Setup()
-	r := start(t, console.Config{NATSURL: broker.URL()})
+	r := start(t, broker, console.Config{}, console.Deps{})
 	for _, name := range []string{"localhost", "localhost:8081", "127.0.0.1", "127.0.0.1:1", "[::1]", "[::1]:8081"} {
 		assert.Equal(t, http.StatusOK, r.do(t, http.MethodGet, "/api/consumers", host(name)).status, name)
 	}
@@ -191,7 +193,7 @@ func TestAnswersOfUnknownPathsAndMethods(t *testing.T) {
 	t.Parallel()
 	broker := natstest.New(t)
 	broker.Setup()
-	r := start(t, console.Config{NATSURL: broker.URL()})
+	r := start(t, broker, console.Config{}, console.Deps{})
 
 	got := r.do(t, http.MethodGet, "/api/unknown", nil)
 	assert.Equal(t, http.StatusNotFound, got.status)
@@ -211,7 +213,7 @@ func TestAnswersOfUnknownPathsAndMethods(t *testing.T) {
 func TestReadinessFollowsTheStreamsAndTheBroker(t *testing.T) {
 	t.Parallel()
 	broker := natstest.New(t)
-	r := start(t, console.Config{NATSURL: broker.URL()})
+	r := start(t, broker, console.Config{}, console.Deps{})
 	problem := func() string { return r.health.Problems()[console.Name] }
 
 	require.Eventually(t, func() bool { return problem() == stream.ErrSetup.Error() }, 15*time.Second, 10*time.Millisecond)
@@ -237,25 +239,18 @@ func TestReadinessFollowsTheStreamsAndTheBroker(t *testing.T) {
 
 func TestNewRefusesWhatIsNotSafe(t *testing.T) {
 	t.Parallel()
-	for name, cfg := range map[string]console.Config{
-		"no broker":         {Addr: "127.0.0.1:0"},
-		"open to the world": {Addr: "0.0.0.0:0", NATSURL: "nats://127.0.0.1:1"},
-		"every address":     {Addr: ":0", NATSURL: "nats://127.0.0.1:1"},
-	} {
-		_, err := console.New(cfg, zap.NewNop(), &observe.Health{})
-		assert.ErrorAs(t, err, new(config.Problems), name)
-	}
-	_, err := console.New(console.Config{}, zap.NewNop(), &observe.Health{})
-	require.Error(t, err)
-	for _, name := range []string{"USHER_NATS_URL", "USHER_CONSOLE_ADDR"} {
-		assert.ErrorContains(t, err, name)
+	for _, addr := range []string{"0.0.0.0:0", ":0", ""} {
+		_, err := console.New(console.Config{Addr: addr}, console.Deps{})
+		require.ErrorAs(t, err, new(config.Problems), addr)
+		assert.ErrorContains(t, err, "USHER_CONSOLE_ADDR", addr)
 	}
 }
 
 func TestATakenPortIsAnErrorOfNew(t *testing.T) {
 	t.Parallel()
 	broker := natstest.New(t)
-	r := start(t, console.Config{NATSURL: broker.URL()})
-	_, err := console.New(console.Config{Addr: strings.TrimPrefix(r.url, "http://"), NATSURL: broker.URL()}, zap.NewNop(), &observe.Health{})
+	r := start(t, broker, console.Config{}, console.Deps{})
+	_, js := broker.Connect()
+	_, err := console.New(console.Config{Addr: strings.TrimPrefix(r.url, "http://")}, console.Deps{JetStream: js, Log: zap.NewNop(), Health: &observe.Health{}})
 	require.ErrorContains(t, err, "listen")
 }

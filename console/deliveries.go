@@ -14,11 +14,11 @@ type openDeliveries struct {
 
 // openDeliveries reads only what an index holds: to count the processed ones too would read the whole log.
 func (c *Console) openDeliveries(ctx context.Context) ([]openDeliveries, error) {
-	if c.cfg.DB == nil {
+	if c.db == nil {
 		return nil, nil
 	}
 	var counts []openDeliveries
-	err := c.cfg.DB.WithContext(ctx).Table("deliveries").Select("handler, status, count(*) AS count").
+	err := c.db.WithContext(ctx).Table("deliveries").Select("handler, status, count(*) AS count").
 		Where("status <> 'processed'").Group("handler, status").Order("handler, status").Scan(&counts).Error
 	if err != nil {
 		return nil, fmt.Errorf("count open deliveries: %w", err)

@@ -22,7 +22,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
@@ -40,10 +39,7 @@ const Name = "reconciler"
 
 // Config is what the reconciler needs to know.
 type Config struct {
-	NATSURL     string        // the broker; required
-	NATSCreds   string        // credentials file for it, empty for none
-	NATSOptions []nats.Option // come last and may override, as for a broker in the same process
-	Replicas    int           // of the event stream (1)
+	Replicas int // of the event stream (1)
 
 	Sources      []Source      // without a key nothing is swept
 	Interval     time.Duration // between incremental sweeps (10 min)
@@ -67,7 +63,7 @@ type Source struct {
 // ConfigFrom takes the reconciler's part of the settings.
 func ConfigFrom(s *config.Settings) Config {
 	c := Config{
-		NATSURL: s.NATSURL, NATSCreds: s.NATSCreds, Replicas: s.StreamReplicas,
+		Replicas: s.StreamReplicas,
 		Interval: s.ReconcileInterval, FullInterval: s.ReconcileFullInterval, SilenceAfter: s.SilenceAfter,
 	}
 	for _, source := range s.Sources {
@@ -76,14 +72,6 @@ func ConfigFrom(s *config.Settings) Config {
 		}
 	}
 	return c
-}
-
-// Validate names every setting that is missing or wrong. The error is config.Problems.
-func (c Config) Validate() error {
-	if c.NATSURL == "" {
-		return config.Problems{"USHER_NATS_URL: not set: the reconciler needs the broker (`usher serve` brings its own)"}
-	}
-	return nil
 }
 
 // Client opens the API of a source, whose requests metrics count.
@@ -102,8 +90,9 @@ func (s Source) Client(log *zap.Logger, metrics *Metrics) (*clerk.Client, error)
 
 const requestTimeout = 20 * time.Second
 
-// Deps are what the reconciler takes from its process.
+// Deps are what the reconciler takes from its process, which closes them.
 type Deps struct {
+	JetStream  jetstream.JetStream
 	DB         *gorm.DB // required where a source has a key
 	Log        *zap.Logger
 	Registerer prometheus.Registerer // nil for none
@@ -113,7 +102,6 @@ type Deps struct {
 // Reconciler implements lifecycle.Service.
 type Reconciler struct {
 	cfg       Config
-	nc        *nats.Conn
 	js        jetstream.JetStream
 	presence  *stream.Presence
 	publisher *stream.Publisher
@@ -132,12 +120,9 @@ type source struct {
 	retry   time.Time // no run before, after one that failed
 }
 
-// New connects to the broker, which may be away: the check "reconciler" in health says so until it is
-// there. Run closes the connection; Close does where Run is never called.
+// New asks nobody anything. The broker may be away: the check "reconciler" in health says so until it is there. Run closes what
+// New opened; Close does where Run is never called.
 func New(cfg Config, deps Deps) (*Reconciler, error) {
-	if err := cfg.Validate(); err != nil {
-		return nil, err
-	}
 	cfg.Replicas = cmp.Or(cfg.Replicas, 1)
 	cfg.Interval = cmp.Or(cfg.Interval, 10*time.Minute)
 	cfg.FullInterval = cmp.Or(cfg.FullInterval, 24*time.Hour)
@@ -145,23 +130,14 @@ func New(cfg Config, deps Deps) (*Reconciler, error) {
 	cfg.SilenceEvery = cmp.Or(cfg.SilenceEvery, time.Minute)
 	cfg.Poll = cmp.Or(cfg.Poll, time.Second)
 	log := deps.Log.With(zap.String("service", Name))
-	nc, err := stream.Connect(cfg.NATSURL, cfg.NATSCreds, Name, log, cfg.NATSOptions...)
-	if err != nil {
-		return nil, fmt.Errorf("start %s: %w", Name, err)
-	}
-	js, err := stream.JetStream(nc)
-	if err != nil {
-		nc.Close()
-		return nil, fmt.Errorf("start %s: %w", Name, err)
-	}
+	js := deps.JetStream
 	r := &Reconciler{
-		cfg: cfg, nc: nc, js: js, log: log, db: deps.DB, metrics: NewMetrics(deps.Registerer),
-		presence: stream.NewPresence(nc, js, log, stream.Events, "KV_"+stream.Leases),
+		cfg: cfg, js: js, log: log, db: deps.DB, metrics: NewMetrics(deps.Registerer),
+		presence: stream.NewPresence(js.Conn(), js, log, stream.Events, "KV_"+stream.Leases),
 	}
 	for _, s := range cfg.Sources {
 		client, err := s.Client(log, r.metrics)
 		if err != nil {
-			nc.Close()
 			return nil, fmt.Errorf("start %s: %w", Name, err)
 		}
 		r.sources = append(r.sources, &source{Source: s, client: client})
@@ -186,7 +162,6 @@ func (r *Reconciler) Close() {
 		for _, s := range r.sources {
 			s.client.Close()
 		}
-		r.nc.Close()
 	})
 }
 

@@ -11,7 +11,6 @@ import (
 	"go.uber.org/goleak"
 	"go.uber.org/zap"
 
-	"github.com/usherhq/usher/pkg/config"
 	"github.com/usherhq/usher/pkg/dbtest"
 	"github.com/usherhq/usher/pkg/natstest"
 	"github.com/usherhq/usher/pkg/observe"
@@ -35,7 +34,8 @@ func TestStartsIsReadyOnceTheStreamIsThereAndStops(t *testing.T) {
 	t.Parallel()
 	broker := natstest.New(t)
 	health := &observe.Health{}
-	r, err := reconciler.New(reconciler.Config{NATSURL: broker.URL()}, reconciler.Deps{Log: zap.NewNop(), Health: health})
+	_, js := broker.Connect()
+	r, err := reconciler.New(reconciler.Config{}, reconciler.Deps{JetStream: js, Log: zap.NewNop(), Health: health})
 	require.NoError(t, err)
 	problem := func() string { return health.Problems()[reconciler.Name] }
 	assert.NotEmpty(t, problem(), "not ready before it ran")
@@ -60,7 +60,10 @@ func TestStartsIsReadyOnceTheStreamIsThereAndStops(t *testing.T) {
 func TestABrokerThatIsAwayIsNoErrorButNotReady(t *testing.T) {
 	t.Parallel()
 	health := &observe.Health{}
-	r, err := reconciler.New(reconciler.Config{NATSURL: "nats://127.0.0.1:1"}, reconciler.Deps{Log: zap.NewNop(), Health: health})
+	broker := natstest.New(t)
+	_, js := broker.Connect()
+	broker.Stop()
+	r, err := reconciler.New(reconciler.Config{}, reconciler.Deps{JetStream: js, Log: zap.NewNop(), Health: health})
 	require.NoError(t, err)
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
@@ -68,11 +71,4 @@ func TestABrokerThatIsAwayIsNoErrorButNotReady(t *testing.T) {
 	assert.NotEmpty(t, health.Problems()[reconciler.Name])
 	cancel()
 	assert.NoError(t, <-done)
-}
-
-func TestAMissingBrokerSettingIsAProblem(t *testing.T) {
-	t.Parallel()
-	_, err := reconciler.New(reconciler.Config{}, reconciler.Deps{Log: zap.NewNop(), Health: &observe.Health{}})
-	require.ErrorAs(t, err, new(config.Problems))
-	assert.ErrorContains(t, err, "USHER_NATS_URL")
 }

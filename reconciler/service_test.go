@@ -23,6 +23,7 @@ import (
 	"github.com/usherhq/usher/pkg/dbtest"
 	"github.com/usherhq/usher/pkg/emulator"
 	"github.com/usherhq/usher/pkg/observe"
+	"github.com/usherhq/usher/pkg/stream"
 	"github.com/usherhq/usher/reconciler"
 )
 
@@ -32,11 +33,19 @@ func child() {
 	if err != nil {
 		panic(err)
 	}
+	nc, err := stream.Connect(os.Getenv("CHILD_NATS"), "", "child", zap.NewNop())
+	if err != nil {
+		panic(err)
+	}
+	js, err := stream.JetStream(nc)
+	if err != nil {
+		panic(err)
+	}
 	r, err := reconciler.New(reconciler.Config{
-		NATSURL: os.Getenv("CHILD_NATS"), Poll: 100 * time.Millisecond,
+		Poll:    100 * time.Millisecond,
 		Sources: []reconciler.Source{{Name: "clerk", APIURL: os.Getenv("CHILD_API"), SecretKey: key, Quota: -1}},
 		Sweep:   reconciler.SweepConfig{Pause: 10 * time.Millisecond, Checkpoint: time.Millisecond},
-	}, reconciler.Deps{DB: db, Log: zap.NewNop(), Health: &observe.Health{}})
+	}, reconciler.Deps{JetStream: js, DB: db, Log: zap.NewNop(), Health: &observe.Health{}})
 	if err != nil {
 		panic(err)
 	}
@@ -98,9 +107,9 @@ func TestSilenceIsNoticedOnceAndItsEndToo(t *testing.T) {
 	core, logs := observer.New(zapcore.WarnLevel)
 	reg := prometheus.NewRegistry()
 	r, err := reconciler.New(reconciler.Config{
-		NATSURL: w.nats.URL(), Sources: []reconciler.Source{w.source()}, Poll: 20 * time.Millisecond, SilenceAfter: 300 * time.Millisecond, SilenceEvery: 30 * time.Millisecond,
+		Sources: []reconciler.Source{w.source()}, Poll: 20 * time.Millisecond, SilenceAfter: 300 * time.Millisecond, SilenceEvery: 30 * time.Millisecond,
 		Sweep: reconciler.SweepConfig{Pause: 10 * time.Millisecond},
-	}, reconciler.Deps{DB: w.db, Log: zap.New(core), Registerer: reg, Health: &observe.Health{}})
+	}, reconciler.Deps{JetStream: w.js, DB: w.db, Log: zap.New(core), Registerer: reg, Health: &observe.Health{}})
 	require.NoError(t, err)
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)

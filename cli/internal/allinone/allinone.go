@@ -234,19 +234,24 @@ func (i *Instance) open(b brokerAccess) error {
 	if err != nil {
 		return err
 	}
+	recJS, err := i.connect(b, reconciler.Name)
+	if err != nil {
+		return err
+	}
 	recConfig := reconciler.ConfigFrom(s)
 	if i.cfg.ClerkSecretKey != "" {
 		recConfig.Sources = nil
 	}
-	recConfig.NATSURL, recConfig.NATSCreds, recConfig.NATSOptions = b.url, b.creds, b.options
-	rec, err := reconciler.New(recConfig, reconciler.Deps{DB: i.DB, Log: log, Registerer: i.Registry, Health: i.Health})
+	rec, err := reconciler.New(recConfig, reconciler.Deps{JetStream: recJS, DB: i.DB, Log: log, Registerer: i.Registry, Health: i.Health})
 	if err != nil {
 		return err
 	}
 	i.closers.Add(func() error { rec.Close(); return nil })
-	con, err := console.New(console.Config{
-		Addr: s.ConsoleAddr, AdminToken: s.AdminToken, NATSURL: b.url, NATSCreds: b.creds, NATSOptions: b.options, DB: i.DB,
-	}, log, i.Health)
+	conJS, err := i.connect(b, console.Name)
+	if err != nil {
+		return err
+	}
+	con, err := console.New(console.ConfigFrom(s), console.Deps{JetStream: conJS, DB: i.DB, Log: log, Registerer: i.Registry, Health: i.Health})
 	if err != nil {
 		return err
 	}

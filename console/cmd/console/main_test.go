@@ -3,8 +3,9 @@ package main
 import (
 	"bytes"
 	"context"
+	"net"
+	"net/http"
 	"path/filepath"
-	"strings"
 	"testing"
 	"time"
 
@@ -14,46 +15,52 @@ import (
 
 	"github.com/usherhq/usher/pkg/config"
 	"github.com/usherhq/usher/pkg/natstest"
+	"github.com/usherhq/usher/pkg/process"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-func TestWrongSettingsAreAllPrintedAndExitWith2(t *testing.T) {
+func TestWrongSettingsAreAllPrinted(t *testing.T) {
 	t.Parallel()
 	var stderr bytes.Buffer
-	code := run(t.Context(), config.Environ{"USHER_STREAM_REPLICAS=2", "USHER_LOG_LEVEL=loud"}, &stderr)
-	assert.Equal(t, 2, code)
-	for _, name := range []string{"USHER_STREAM_REPLICAS", "USHER_LOG_LEVEL"} {
-		assert.Contains(t, stderr.String(), name)
+	assert.Equal(t, process.WrongSettings, process.Run(t.Context(), config.Environ{"USHER_CONSOLE_ADDR=:8081"}, &stderr, program))
+	for _, want := range []string{"console: wrong settings", "USHER_CONSOLE_ADDR", "USHER_NATS_URL"} {
+		assert.Contains(t, stderr.String(), want)
 	}
 }
 
-func TestAMissingBrokerExitsWith2(t *testing.T) {
-	t.Parallel()
-	var stderr bytes.Buffer
-	assert.Equal(t, 2, run(t.Context(), nil, &stderr))
-	assert.Equal(t, 1, strings.Count(stderr.String(), "USHER_NATS_URL"), stderr.String())
-}
-
-func TestASignalStopsItWith0(t *testing.T) {
+func TestAnswersFromBrokerAndDatabaseUntilItIsStopped(t *testing.T) {
 	t.Parallel()
 	broker := natstest.New(t)
 	broker.Setup()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	addr := listener.Addr().String()
+	require.NoError(t, listener.Close())
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	code := make(chan int, 1)
 	go func() {
-		code <- run(ctx, config.Environ{
+		code <- process.Run(ctx, config.Environ{
 			"USHER_NATS_URL=" + broker.URL(), "USHER_DATABASE_URL=sqlite:" + filepath.Join(t.TempDir(), "usher.db"),
-			"USHER_CONSOLE_ADDR=127.0.0.1:0", "USHER_OPS_ADDR=127.0.0.1:0", "USHER_LOG_LEVEL=error",
-		}, &bytes.Buffer{})
+			"USHER_CONSOLE_ADDR=" + addr, "USHER_OPS_ADDR=127.0.0.1:0", "USHER_LOG_LEVEL=error",
+		}, &bytes.Buffer{}, program)
 	}()
-	// The broker sees this test's connection and the service's.
-	require.Eventually(t, func() bool { return broker.Server().NumClients() == 2 }, 15*time.Second, 5*time.Millisecond)
+	require.Eventually(t, func() bool {
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+addr+"/api/consumers", nil)
+		require.NoError(t, err)
+		req.Close = true
+		res, err := http.DefaultClient.Do(req)
+		if err != nil {
+			return false
+		}
+		_ = res.Body.Close()
+		return res.StatusCode == http.StatusOK
+	}, 15*time.Second, 20*time.Millisecond)
 	cancel()
 	select {
 	case got := <-code:
-		assert.Equal(t, 0, got)
+		assert.Equal(t, process.Stopped, got)
 	case <-time.After(15 * time.Second):
 		t.Fatal("it did not stop within 15 s")
 	}

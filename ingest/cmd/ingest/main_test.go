@@ -19,7 +19,9 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 
+	"github.com/usherhq/usher/pkg/config"
 	"github.com/usherhq/usher/pkg/natstest"
+	"github.com/usherhq/usher/pkg/process"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -39,18 +41,19 @@ func TestDependencies(t *testing.T) {
 
 func TestWrongSettingsAreAllListed(t *testing.T) {
 	t.Parallel()
-	for name, c := range map[string]struct{ environ, want []string }{
-		"nothing set":   {nil, []string{"CLERK_WEBHOOK_SIGNING_SECRET", "USHER_NATS_URL"}},
-		"no secret":     {[]string{"USHER_NATS_URL=nats://127.0.0.1:1"}, []string{"CLERK_WEBHOOK_SIGNING_SECRET"}},
-		"no broker":     {[]string{secret}, []string{"USHER_NATS_URL"}},
-		"empty secret":  {[]string{"CLERK_WEBHOOK_SIGNING_SECRET=", "USHER_NATS_URL=nats://127.0.0.1:1"}, []string{"CLERK_WEBHOOK_SIGNING_SECRET"}},
-		"short secret":  {[]string{"CLERK_WEBHOOK_SIGNING_SECRET=whsec_YWJj"}, []string{"CLERK_WEBHOOK_SIGNING_SECRET", "16"}},
-		"several wrong": {[]string{secret, "USHER_INGEST_ADDR=x", "USHER_LOG_LEVEL=loud"}, []string{"USHER_INGEST_ADDR", "USHER_LOG_LEVEL"}},
+	for name, c := range map[string]struct {
+		environ config.Environ
+		want    []string
+	}{
+		"nothing set":  {nil, []string{"CLERK_WEBHOOK_SIGNING_SECRET", "USHER_NATS_URL"}},
+		"empty secret": {config.Environ{"CLERK_WEBHOOK_SIGNING_SECRET=", "USHER_NATS_URL=nats://127.0.0.1:1"}, []string{"CLERK_WEBHOOK_SIGNING_SECRET"}},
+		"short secret": {config.Environ{"CLERK_WEBHOOK_SIGNING_SECRET=whsec_YWJj"}, []string{"CLERK_WEBHOOK_SIGNING_SECRET", "16", "USHER_NATS_URL"}},
+		"no secret, and what every process refuses": {config.Environ{"USHER_INGEST_ADDR=x"}, []string{"CLERK_WEBHOOK_SIGNING_SECRET", "USHER_INGEST_ADDR", "USHER_NATS_URL"}},
 	} {
 		var stderr bytes.Buffer
-		assert.Equal(t, 2, run(t.Context(), c.environ, &stderr), name)
+		assert.Equal(t, process.WrongSettings, process.Run(t.Context(), c.environ, &stderr, program), name)
 		for _, want := range c.want {
-			assert.Contains(t, stderr.String(), want, name)
+			assert.Equal(t, 1, strings.Count(stderr.String(), want), "%s: %s in %s", name, want, stderr.String())
 		}
 		assert.NotContains(t, stderr.String(), "YWJj", name)
 	}
@@ -61,9 +64,8 @@ func TestTakenPortFails(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
 	defer l.Close()
-	environ := []string{secret, "USHER_NATS_URL=nats://127.0.0.1:1", "USHER_LOG_LEVEL=error"}
-	assert.Equal(t, 1, run(t.Context(), append(environ, "USHER_INGEST_ADDR="+l.Addr().String()), io.Discard))
-	assert.Equal(t, 1, run(t.Context(), append(environ, "USHER_INGEST_ADDR=127.0.0.1:0", "USHER_OPS_ADDR="+l.Addr().String()), io.Discard))
+	environ := config.Environ{secret, "USHER_NATS_URL=nats://127.0.0.1:1", "USHER_LOG_LEVEL=error", "USHER_OPS_ADDR=127.0.0.1:0", "USHER_INGEST_ADDR=" + l.Addr().String()}
+	assert.Equal(t, process.Failed, process.Run(t.Context(), environ, io.Discard, program))
 }
 
 // It starts while the broker is away, becomes ready by itself, and stops in order.

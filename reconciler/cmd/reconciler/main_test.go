@@ -3,7 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
-	"strings"
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -13,28 +13,12 @@ import (
 
 	"github.com/usherhq/usher/pkg/config"
 	"github.com/usherhq/usher/pkg/natstest"
+	"github.com/usherhq/usher/pkg/process"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-func TestWrongSettingsAreAllPrintedAndExitWith2(t *testing.T) {
-	t.Parallel()
-	var stderr bytes.Buffer
-	code := run(t.Context(), config.Environ{"USHER_STREAM_REPLICAS=2", "USHER_LOG_LEVEL=loud"}, &stderr)
-	assert.Equal(t, 2, code)
-	for _, name := range []string{"USHER_STREAM_REPLICAS", "USHER_LOG_LEVEL"} {
-		assert.Contains(t, stderr.String(), name)
-	}
-}
-
-func TestAMissingBrokerExitsWith2(t *testing.T) {
-	t.Parallel()
-	var stderr bytes.Buffer
-	assert.Equal(t, 2, run(t.Context(), nil, &stderr))
-	assert.Equal(t, 1, strings.Count(stderr.String(), "USHER_NATS_URL"), stderr.String())
-}
-
-func TestASignalStopsItWith0(t *testing.T) {
+func TestWithoutAKeyItNeedsNoDatabaseAndRunsUntilItIsStopped(t *testing.T) {
 	t.Parallel()
 	broker := natstest.New(t)
 	broker.Setup()
@@ -42,17 +26,25 @@ func TestASignalStopsItWith0(t *testing.T) {
 	defer cancel()
 	code := make(chan int, 1)
 	go func() {
-		code <- run(ctx, config.Environ{
-			"USHER_NATS_URL=" + broker.URL(), "USHER_CONSOLE_ADDR=127.0.0.1:0", "USHER_OPS_ADDR=127.0.0.1:0", "USHER_LOG_LEVEL=error",
-		}, &bytes.Buffer{})
+		code <- process.Run(ctx, config.Environ{
+			"USHER_NATS_URL=" + broker.URL(), "USHER_DATABASE_URL=postgres://127.0.0.1:1/none", "USHER_OPS_ADDR=127.0.0.1:0", "USHER_LOG_LEVEL=error",
+		}, &bytes.Buffer{}, program)
 	}()
 	// The broker sees this test's connection and the service's.
 	require.Eventually(t, func() bool { return broker.Server().NumClients() == 2 }, 15*time.Second, 5*time.Millisecond)
 	cancel()
 	select {
 	case got := <-code:
-		assert.Equal(t, 0, got)
+		assert.Equal(t, process.Stopped, got)
 	case <-time.After(15 * time.Second):
 		t.Fatal("it did not stop within 15 s")
 	}
+}
+
+func TestWithAKeyItRefusesADatabaseThatIsNotMigrated(t *testing.T) {
+	t.Parallel()
+	assert.Equal(t, process.Failed, process.Run(t.Context(), config.Environ{
+		"USHER_NATS_URL=nats://127.0.0.1:1", "USHER_DATABASE_URL=sqlite:" + filepath.Join(t.TempDir(), "usher.db"), "USHER_OPS_ADDR=127.0.0.1:0",
+		"CLERK_SECRET_KEY=sk_test_x",
+	}, &bytes.Buffer{}, program))
 }

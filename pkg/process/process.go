@@ -1,0 +1,191 @@
+// Package process is what the main of every service does the same: signals become a context, the environment becomes
+// settings, what a service takes is made and handed to it, it runs beside the operations listener until it is told to
+// stop, and everything is closed in reverse order.
+//
+// It guarantees that everything wrong with the settings is printed at once, with the service's name in front, and that the exit
+// code tells a supervisor what to do: 0 stopped on request, 1 failed (try again), 2 wrong settings (trying again does
+// not help). It opens no database, so that a service which needs none links none.
+package process
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"slices"
+	"strings"
+	"syscall"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/zap"
+
+	"github.com/usherhq/usher/pkg/config"
+	"github.com/usherhq/usher/pkg/lifecycle"
+	"github.com/usherhq/usher/pkg/observe"
+	"github.com/usherhq/usher/pkg/stream"
+)
+
+// Exit codes.
+const (
+	Stopped       = 0 // on request
+	Failed        = 1
+	WrongSettings = 2
+)
+
+// Program is what a service's process does of its own.
+type Program struct {
+	// Name is the service's, in messages, in the log and in the broker's connection list.
+	Name string
+	// Check looks for what is wrong with the service's own settings and opens nothing; nil: they have no rules of their
+	// own. Of a config.Problems every line is reported. It is asked also where other settings are wrong, which
+	// then have their defaults.
+	Check func(*config.Settings) error
+	// Start makes the service and adds to the process's closers what it opens. An error after ctx is done counts as
+	// stopped on request: it only did not get to the end of what it waited for.
+	Start func(ctx context.Context, p *Process) (lifecycle.Service, error)
+}
+
+// Process is what every service takes from its process.
+type Process struct {
+	Settings *config.Settings
+	Log      *zap.Logger
+	Registry *prometheus.Registry
+	Health   *observe.Health
+	// Closers are closed in reverse order once the service has stopped, or could not start.
+	Closers lifecycle.Closers
+
+	name string
+}
+
+// Main runs a program until SIGINT or SIGTERM and exits.
+func Main(program Program) {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	code := Run(ctx, os.Environ(), os.Stderr, program)
+	stop()
+	os.Exit(code)
+}
+
+// Run runs a program until ctx is done and returns its exit code. stderr takes what is wrong with the settings; the log
+// goes to the process's own.
+func Run(ctx context.Context, environ config.Environ, stderr io.Writer, program Program) int {
+	settings, problems := load(environ, program)
+	if len(problems) > 0 {
+		fmt.Fprintf(stderr, "%s: %v\n", program.Name, problems)
+		return WrongSettings
+	}
+	log, err := observe.NewLogger(settings.LogLevel, settings.LogFormat)
+	if err != nil { // the settings were looked at, so this is the machine's
+		fmt.Fprintf(stderr, "%s: %v\n", program.Name, err)
+		return Failed
+	}
+	defer func() { _ = log.Sync() }() // a terminal refuses it, and nothing could be done
+	p := &Process{Settings: settings, Log: log, Registry: observe.NewRegistry(), Health: &observe.Health{}, name: program.Name}
+	if err := p.run(ctx, program.Start); err != nil {
+		log.Error(program.Name+" failed", zap.String("service", program.Name), zap.Error(err))
+		return Failed
+	}
+	return Stopped
+}
+
+func (p *Process) run(ctx context.Context, start func(context.Context, *Process) (lifecycle.Service, error)) (err error) {
+	defer func() { err = errors.Join(err, p.Closers.Close()) }()
+	ops, err := observe.NewOps(p.Settings.OpsAddr, p.Health, p.Registry)
+	if err != nil {
+		return err
+	}
+	p.Closers.Add(func() error { ops.Close(); return nil })
+	service, err := start(ctx, p)
+	if err != nil && ctx.Err() != nil {
+		p.Log.Info("stopped while starting", zap.String("service", p.name), zap.Error(err))
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("start: %w", err)
+	}
+	p.Log.Info("operations listen", zap.String("service", p.name), zap.String("addr", ops.Addr()))
+	return lifecycle.Run(ctx, ops, service)
+}
+
+// Connect opens the process's connection to the broker, which may be away, and the JetStream on it. It is drained when
+// the process's closers close: what was sent before has then reached the broker, if that is there.
+func (p *Process) Connect() (jetstream.JetStream, error) {
+	closed := make(chan struct{})
+	nc, err := stream.Connect(p.Settings.NATSURL, p.Settings.NATSCreds, p.name, p.Log.With(zap.String("service", p.name)),
+		nats.ClosedHandler(func(*nats.Conn) { close(closed) }))
+	if err != nil {
+		return nil, err
+	}
+	p.Closers.Add(func() error {
+		if nc.Drain() != nil { // not connected: nothing to drain
+			nc.Close()
+		}
+		<-closed
+		return nil
+	})
+	return stream.JetStream(nc)
+}
+
+// load reads the settings and looks for everything that is wrong with them. Where other packages have found something about a
+// setting, nothing more is said of that setting.
+func load(environ config.Environ, program Program) (*config.Settings, config.Problems) {
+	settings, err := config.Load(environ, nil)
+	problems := problemsOf(err)
+	if settings == nil { // what is wrong counts as not set, so that the rest can be looked at too
+		settings, _ = config.Load(without(environ, problems), nil)
+	}
+	if settings == nil {
+		return nil, problems
+	}
+	named := map[string]bool{}
+	for _, line := range problems {
+		named[setting(line)] = true
+	}
+	var more config.Problems
+	if settings.NATSURL == "" {
+		more = append(more, fmt.Sprintf("USHER_NATS_URL: not set: the %s service needs a broker, such as nats://127.0.0.1:4222 (`usher dev` and `usher serve` bring their own)", program.Name))
+	}
+	if program.Check != nil {
+		more = append(more, problemsOf(program.Check(settings))...)
+	}
+	for _, line := range more {
+		if !named[setting(line)] && !slices.Contains(problems, line) {
+			problems = append(problems, line)
+		}
+	}
+	return settings, problems
+}
+
+func problemsOf(err error) config.Problems {
+	if err == nil {
+		return nil
+	}
+	var problems config.Problems
+	if errors.As(err, &problems) {
+		return problems
+	}
+	return config.Problems{err.Error()}
+}
+
+// setting is the name that a line of problems begins with.
+func setting(line string) string {
+	name, _, _ := strings.Cut(line, ":")
+	return name
+}
+
+// without leaves out the variables that problems name.
+func without(environ config.Environ, problems config.Problems) config.Environ {
+	return slices.DeleteFunc(slices.Clone(environ), func(entry string) bool {
+		variable, _, _ := strings.Cut(entry, "=")
+		return slices.ContainsFunc(problems, func(line string) bool {
+			name := setting(line)
+			if prefix, all := strings.CutSuffix(name, "…"); all { // every variable of a source
+				return strings.HasPrefix(variable, prefix)
+			}
+			return variable == name || name == "USHER_DATABASE_URL" && variable == "DATABASE_URL" // stands in for it
+		})
+	})
+}

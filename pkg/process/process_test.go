@@ -1,0 +1,265 @@
+package process_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
+
+	"github.com/usherhq/usher/pkg/config"
+	"github.com/usherhq/usher/pkg/lifecycle"
+	"github.com/usherhq/usher/pkg/natstest"
+	"github.com/usherhq/usher/pkg/process"
+)
+
+func TestMain(m *testing.M) {
+	if os.Getenv("PROCESS_CHILD") != "" {
+		process.Main(program(nil))
+	}
+	goleak.VerifyTestMain(m)
+}
+
+// service runs until it is told to stop, and says on started that it does.
+type service struct {
+	started chan<- struct{}
+	err     error // of Run
+}
+
+func (s service) Name() string { return "tester" }
+
+func (s service) Run(ctx context.Context) error {
+	if s.started != nil {
+		s.started <- struct{}{}
+	}
+	if s.err == nil {
+		<-ctx.Done()
+	}
+	return s.err
+}
+
+// program connects to the broker and becomes ready with the connection.
+func program(started chan<- struct{}) process.Program {
+	return process.Program{Name: "tester", Start: func(_ context.Context, p *process.Process) (lifecycle.Service, error) {
+		js, err := p.Connect()
+		if err != nil {
+			return nil, err
+		}
+		p.Health.Add("broker", func() error {
+			if !js.Conn().IsConnected() {
+				return nats.ErrDisconnected
+			}
+			return nil
+		})
+		return service{started: started}, nil
+	}}
+}
+
+// environ is good, with a broker that is away.
+func environ(more ...string) config.Environ {
+	return append(config.Environ{"USHER_NATS_URL=nats://127.0.0.1:1", "USHER_OPS_ADDR=127.0.0.1:0", "USHER_LOG_LEVEL=error"}, more...)
+}
+
+func TestEveryWrongSettingIsListedOnceAndNothingStarts(t *testing.T) {
+	t.Parallel()
+	own := config.Problems{"OWN_SETTING: too small", "USHER_CONSOLE_ADDR: said again by the service"}
+	for name, c := range map[string]struct {
+		environ config.Environ
+		check   error
+		want    []string // the settings named
+	}{
+		"nothing set":                 {nil, nil, []string{"USHER_NATS_URL"}},
+		"an empty broker":             {config.Environ{"USHER_NATS_URL="}, nil, []string{"USHER_NATS_URL"}},
+		"the service's own":           {environ(), own, []string{"OWN_SETTING", "USHER_CONSOLE_ADDR"}},
+		"wrapped":                     {environ(), fmt.Errorf("check: %w", own), []string{"OWN_SETTING", "USHER_CONSOLE_ADDR"}},
+		"another error":               {environ(), errors.New("BatchSize must be at least 1"), []string{"BatchSize must be at least 1"}},
+		"everyone's and its own":      {config.Environ{"USHER_LOG_LEVEL=loud"}, own[:1], []string{"USHER_LOG_LEVEL", "USHER_NATS_URL", "OWN_SETTING"}},
+		"not decoded and not valid":   {environ("USHER_ALERT_MIN_EVENTS=x", "USHER_STREAM_REPLICAS=2"), own[:1], []string{"USHER_ALERT_MIN_EVENTS", "USHER_STREAM_REPLICAS", "OWN_SETTING"}},
+		"what both found":             {environ("USHER_CONSOLE_ADDR=:1"), own, []string{"USHER_CONSOLE_ADDR", "OWN_SETTING"}},
+		"a database's other variable": {environ("DATABASE_URL=mysql://x"), own[:1], []string{"USHER_DATABASE_URL", "OWN_SETTING"}},
+		"a source twice":              {environ("USHER_SOURCE_CLERK_SECRET_KEY=x"), own[:1], []string{"USHER_SOURCE_CLERK_…", "OWN_SETTING"}},
+	} {
+		var stderr bytes.Buffer
+		code := process.Run(t.Context(), c.environ, &stderr, process.Program{
+			Name: "tester",
+			Check: func(s *config.Settings) error {
+				require.NotNil(t, s, name)
+				return c.check
+			},
+			Start: func(context.Context, *process.Process) (lifecycle.Service, error) {
+				t.Errorf("%s: started", name)
+				return nil, errors.New("started")
+			},
+		})
+		assert.Equal(t, process.WrongSettings, code, name)
+		lines := strings.Split(strings.TrimSpace(stderr.String()), "\n")
+		assert.Equal(t, "tester: wrong settings:", lines[0], name)
+		var named []string
+		for _, line := range lines[1:] {
+			setting, _, _ := strings.Cut(strings.TrimSpace(line), ": ")
+			named = append(named, setting)
+		}
+		assert.ElementsMatch(t, c.want, named, name)
+	}
+}
+
+func TestWhatFailsExitsWith1AndIsClosedInReverse(t *testing.T) {
+	t.Parallel()
+	broken := errors.New("broken")
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	defer taken.Close()
+	for name, c := range map[string]struct {
+		environ         config.Environ
+		start, run, end error
+		want            []string
+	}{
+		"the start":           {environ(), broken, nil, nil, []string{"second", "first"}},
+		"the service":         {environ(), nil, broken, nil, []string{"second", "first"}},
+		"a closer":            {environ(), nil, broken, broken, []string{"second", "first"}},
+		"a port that is used": {environ("USHER_OPS_ADDR=" + taken.Addr().String()), nil, nil, nil, nil},
+		"a broker's URL":      {environ("USHER_NATS_URL=nats://[x"), nil, nil, nil, nil},
+	} {
+		var closed []string
+		code := process.Run(t.Context(), c.environ, &bytes.Buffer{}, process.Program{
+			Name: "tester",
+			Start: func(_ context.Context, p *process.Process) (lifecycle.Service, error) {
+				if _, err := p.Connect(); err != nil {
+					return nil, err
+				}
+				for _, s := range []string{"first", "second"} {
+					p.Closers.Add(func() error { closed = append(closed, s); return c.end })
+				}
+				return service{err: c.run}, c.start
+			},
+		})
+		assert.Equal(t, process.Failed, code, name)
+		assert.Equal(t, c.want, closed, name)
+	}
+}
+
+func TestAStopIsNoFailure(t *testing.T) {
+	t.Parallel()
+	t.Run("WhileItRuns", func(t *testing.T) {
+		t.Parallel()
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		started, code := make(chan struct{}), make(chan int, 1)
+		go func() { code <- process.Run(ctx, environ(), &bytes.Buffer{}, program(started)) }()
+		<-started
+		cancel()
+		assert.Equal(t, process.Stopped, <-code)
+	})
+	t.Run("WhileItStarts", func(t *testing.T) {
+		t.Parallel()
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		closed := false
+		assert.Equal(t, process.Stopped, process.Run(ctx, environ(), &bytes.Buffer{}, process.Program{
+			Name: "tester",
+			Start: func(ctx context.Context, p *process.Process) (lifecycle.Service, error) {
+				p.Closers.Add(func() error { closed = true; return nil })
+				cancel() // as a signal does, while it waits for the database
+				return nil, errors.New("unreachable")
+			},
+		}))
+		assert.True(t, closed)
+	})
+	t.Run("ButAFailureToCloseIsOne", func(t *testing.T) {
+		t.Parallel()
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		assert.Equal(t, process.Failed, process.Run(ctx, environ(), &bytes.Buffer{}, process.Program{
+			Name: "tester",
+			Start: func(_ context.Context, p *process.Process) (lifecycle.Service, error) {
+				p.Closers.Add(func() error { return errors.New("broken") })
+				return service{}, nil
+			},
+		}))
+	})
+}
+
+// What a closer that was added later still sends reaches the broker: the connection is drained, not cut.
+func TestTheConnectionIsDrained(t *testing.T) {
+	t.Parallel()
+	broker := natstest.New(t)
+	nc, _ := broker.Connect()
+	sub, err := nc.SubscribeSync("last.words")
+	require.NoError(t, err)
+	require.NoError(t, nc.Flush())
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	started, code := make(chan struct{}), make(chan int, 1)
+	go func() {
+		code <- process.Run(ctx, environ("USHER_NATS_URL="+broker.URL()), &bytes.Buffer{}, process.Program{
+			Name: "tester",
+			Start: func(_ context.Context, p *process.Process) (lifecycle.Service, error) {
+				js, err := p.Connect()
+				if err != nil {
+					return nil, err
+				}
+				p.Closers.Add(func() error { return js.Conn().Publish("last.words", nil) })
+				return service{started: started}, nil
+			},
+		})
+	}()
+	<-started
+	require.Eventually(t, func() bool { return broker.Server().NumClients() == 2 }, 15*time.Second, 5*time.Millisecond)
+	cancel()
+	assert.Equal(t, process.Stopped, <-code)
+	_, err = sub.NextMsg(5 * time.Second)
+	require.NoError(t, err)
+	require.Eventually(t, func() bool { return broker.Server().NumClients() == 1 }, 15*time.Second, 5*time.Millisecond)
+}
+
+func TestSignalsStopTheProcessWith0(t *testing.T) {
+	t.Parallel()
+	broker := natstest.New(t)
+	for _, sig := range []os.Signal{os.Interrupt, syscall.SIGTERM} {
+		t.Run(sig.String(), func(t *testing.T) {
+			t.Parallel()
+			ops := freeAddr(t)
+			child := exec.CommandContext(t.Context(), os.Args[0])
+			child.Env = environ("PROCESS_CHILD=1", "USHER_NATS_URL="+broker.URL(), "USHER_OPS_ADDR="+ops, "USHER_LOG_LEVEL=info", "USHER_LOG_FORMAT=json")
+			var stderr bytes.Buffer
+			child.Stderr = &stderr
+			require.NoError(t, child.Start())
+			require.Eventually(t, func() bool { return ready(t, ops) }, 15*time.Second, 20*time.Millisecond)
+			require.NoError(t, child.Process.Signal(sig))
+			require.NoError(t, child.Wait(), stderr.String())
+			assert.Contains(t, stderr.String(), `"addr":"`+ops+`"`)
+		})
+	}
+}
+
+func ready(t *testing.T, ops string) bool {
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+ops+"/readyz", nil)
+	require.NoError(t, err)
+	req.Close = true
+	res, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return false
+	}
+	_ = res.Body.Close()
+	return res.StatusCode == http.StatusOK
+}
+
+func freeAddr(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	defer l.Close()
+	return l.Addr().String()
+}
