@@ -27,7 +27,8 @@ type Result struct {
 	Stopped   string // why it ended early
 }
 
-// page is how many letters a run holds at once, and parallel how many of them it reads or deletes at once.
+// page is how many letters a run holds at once (fewer where [replay.PageBytes] are full before), and parallel how many of them it reads
+// or deletes at once.
 const (
 	page     = 500
 	parallel = 16
@@ -84,25 +85,34 @@ func replayAll(ctx context.Context, dlq jetstream.Stream, db *gorm.DB, f Filter,
 			return err
 		}
 		at = entries[len(entries)-1].place()
-		items, found, err := readAll(ctx, dlq, entries)
-		if err != nil {
-			return err
-		}
-		result.Gone += len(entries) - len(found)
-		stored, publishErr := run.Publish(ctx, items)
-		// What is stored is settled, also by a run that was interrupted: the ids of stored items are a subset in the same order.
-		ids := make(map[string]bool, len(stored))
-		for _, item := range stored {
-			ids[item.ID] = true
-		}
-		found = slices.DeleteFunc(found, func(l held) bool { return !ids[l.replayID] })
-		if err := settle(ctx, db, dlq, found); err != nil {
-			return errors.Join(publishErr, err)
-		}
-		if publishErr != nil {
-			return publishErr
+		for len(entries) > 0 {
+			n, err := replayPage(ctx, dlq, db, entries, run, result)
+			if err != nil {
+				return err
+			}
+			entries = entries[n:]
 		}
 	}
+}
+
+// replayPage replays as many entries as may be held at once, from the first on, and returns their number.
+func replayPage(ctx context.Context, dlq jetstream.Stream, db *gorm.DB, entries []Entry, run *replay.Run, result *Result) (int, error) {
+	n, items, found, err := readAll(ctx, dlq, entries)
+	if err != nil {
+		return 0, err
+	}
+	result.Gone += n - len(found)
+	stored, publishErr := run.Publish(ctx, items)
+	// What is stored is settled, also by a run that was interrupted: the ids of stored items are a subset in the same order.
+	ids := make(map[string]bool, len(stored))
+	for _, item := range stored {
+		ids[item.ID] = true
+	}
+	found = slices.DeleteFunc(found, func(l held) bool { return !ids[l.replayID] })
+	if err := settle(ctx, db, dlq, found); err != nil {
+		return 0, errors.Join(publishErr, err)
+	}
+	return n, publishErr
 }
 
 // held is an entry whose letter was read.
@@ -117,32 +127,40 @@ func replayID(seq uint64, at time.Time) string {
 	return stream.LetterReplay + strconv.FormatUint(seq, 10) + ":" + strconv.FormatInt(at.UnixMicro(), 36)
 }
 
-// readPage reads the letters of a page; nil where one is gone.
+// readPage reads the letters of entries from the first on, at least one and as many as [replay.PageBytes] hold; nil where one is gone.
 func readPage(ctx context.Context, dlq jetstream.Stream, entries []Entry) ([]*jetstream.RawStreamMsg, error) {
-	messages := make([]*jetstream.RawStreamMsg, len(entries))
-	group, groupCtx := errgroup.WithContext(ctx)
-	group.SetLimit(parallel)
-	for i, e := range entries {
-		group.Go(func() error {
-			msg, err := read(groupCtx, dlq, e)
-			if errors.Is(err, ErrGone) {
-				return nil
+	messages := make([]*jetstream.RawStreamMsg, 0, len(entries))
+	for room := replay.PageBytes; len(messages) < len(entries) && room >= replay.EventBytes; {
+		part := make([]*jetstream.RawStreamMsg, min(parallel, len(entries)-len(messages), room/replay.EventBytes))
+		group, groupCtx := errgroup.WithContext(ctx)
+		for i, e := range entries[len(messages) : len(messages)+len(part)] {
+			group.Go(func() error {
+				msg, err := read(groupCtx, dlq, e)
+				if errors.Is(err, ErrGone) {
+					return nil
+				}
+				part[i] = msg
+				return err
+			})
+		}
+		if err := group.Wait(); err != nil {
+			return nil, err //nolint:wrapcheck // read says it
+		}
+		for _, msg := range part {
+			if msg != nil {
+				room -= len(msg.Data)
 			}
-			messages[i] = msg
-			return err
-		})
-	}
-	if err := group.Wait(); err != nil {
-		return nil, err //nolint:wrapcheck // read says it
+		}
+		messages = append(messages, part...)
 	}
 	return messages, nil
 }
 
-// readAll reads the letters of a page and makes their replays. Entries whose letter is gone are left out.
-func readAll(ctx context.Context, dlq jetstream.Stream, entries []Entry) ([]replay.Item, []held, error) {
+// readAll reads a page of letters as readPage does and makes their replays. Entries whose letter is gone are left out; n counts them too.
+func readAll(ctx context.Context, dlq jetstream.Stream, entries []Entry) (n int, _ []replay.Item, _ []held, _ error) {
 	messages, err := readPage(ctx, dlq, entries)
 	if err != nil {
-		return nil, nil, err
+		return 0, nil, nil, err
 	}
 	items, found := make([]replay.Item, 0, len(entries)), make([]held, 0, len(entries))
 	for i, msg := range messages {
@@ -152,7 +170,7 @@ func readAll(ctx context.Context, dlq jetstream.Stream, entries []Entry) ([]repl
 			found = append(found, held{entries[i], id})
 		}
 	}
-	return items, found, nil
+	return len(messages), items, found, nil
 }
 
 // Discard gives up every dead letter that f selects: the letter is deleted, then the log's row says discarded. A run that was
@@ -172,17 +190,20 @@ func Discard(ctx context.Context, js jetstream.JetStream, db *gorm.DB, f Filter,
 			return result, err
 		}
 		at = entries[len(entries)-1].place()
-		_, found, err := readAll(ctx, dlq, entries) // only a row's own letter is deleted
-		if err != nil {
-			return result, err
-		}
-		n, err := giveUp(ctx, db, dlq, entries, found)
-		result.Discarded += n
-		if progress != nil {
-			progress(result)
-		}
-		if err != nil {
-			return result, err
+		for len(entries) > 0 {
+			n, _, found, err := readAll(ctx, dlq, entries) // only a row's own letter is deleted
+			if err != nil {
+				return result, err
+			}
+			discarded, err := giveUp(ctx, db, dlq, entries[:n], found)
+			result.Discarded += discarded
+			if progress != nil {
+				progress(result)
+			}
+			if err != nil {
+				return result, err
+			}
+			entries = entries[n:]
 		}
 	}
 	return result, ctx.Err() //nolint:wrapcheck // the context's own

@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -65,7 +67,11 @@ func eventOf(id string) event.Event {
 // put writes a letter as the worker does.
 func put(t *testing.T, js jetstream.JetStream, handler, id string, original uint64) uint64 {
 	t.Helper()
-	e := eventOf(id)
+	return putEvent(t, js, handler, eventOf(id), original)
+}
+
+func putEvent(t *testing.T, js jetstream.JetStream, handler string, e event.Event, original uint64) uint64 {
+	t.Helper()
 	seq, err := deadletter.Put(t.Context(), js, &deadletter.Record{
 		Handler: handler, Event: e, Reason: deadletter.HandlerError, Error: "no such thing 7", Attempts: 10, FirstFailedAt: moment,
 		LastFailedAt: moment.Add(time.Minute), Subject: stream.Subject(&e), Sequence: original,
@@ -237,6 +243,108 @@ func TestPutTwiceIsOneLetterUnlessItWasTakenAway(t *testing.T) {
 	again := put(t, js, "mirror", "a", 5)
 	_, err = s.GetMsg(t.Context(), again)
 	require.NoError(t, err, "the letter is there")
+}
+
+// meter counts the bytes of letters that were read and neither deleted nor let go.
+type meter struct {
+	jetstream.JetStream
+	mu         sync.Mutex
+	sizes      map[uint64]int
+	held, most int
+}
+
+func (m *meter) Stream(ctx context.Context, name string) (jetstream.Stream, error) {
+	s, err := m.JetStream.Stream(ctx, name)
+	return meterStream{s, m}, err
+}
+
+func (m *meter) letGo(seq uint64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.held -= m.sizes[seq]
+	delete(m.sizes, seq)
+}
+
+type meterStream struct {
+	jetstream.Stream
+	meter *meter
+}
+
+func (s meterStream) GetMsg(ctx context.Context, seq uint64, opts ...jetstream.GetMsgOpt) (*jetstream.RawStreamMsg, error) {
+	msg, err := s.Stream.GetMsg(ctx, seq, opts...)
+	if err == nil {
+		s.meter.mu.Lock()
+		defer s.meter.mu.Unlock()
+		s.meter.sizes[seq] = len(msg.Data)
+		s.meter.held += len(msg.Data)
+		s.meter.most = max(s.meter.most, s.meter.held)
+	}
+	return msg, err
+}
+
+func (s meterStream) DeleteMsg(ctx context.Context, seq uint64) error {
+	err := s.Stream.DeleteMsg(ctx, seq)
+	s.meter.letGo(seq)
+	return err
+}
+
+func TestLargeLettersAreHeldAFewAtATime(t *testing.T) {
+	t.Parallel()
+	const n = 20 // of nearly 1 MiB
+	setup := func(t *testing.T) (*gorm.DB, *meter) {
+		t.Helper()
+		db := dbtest.SQLite(t)
+		_, js := natstest.New(t).Setup()
+		rows := make([]row, n)
+		for i := range rows {
+			id := fmt.Sprintf("e_%02d", i)
+			e := eventOf(id)
+			e.Raw = fmt.Appendf(nil, `{"type":"user.created","data":{"id":"user_%s","note":"%s"}}`, id, strings.Repeat("x", 1<<20-200))
+			rows[i] = dead(id, putEvent(t, js, "mirror", e, uint64(i+1)))
+		}
+		require.NoError(t, db.Create(&rows).Error)
+		return db, &meter{JetStream: js, sizes: map[uint64]int{}}
+	}
+	bounded := func(t *testing.T, m *meter) {
+		t.Helper()
+		t.Logf("at most %.1f MiB at once, of %d", float64(m.most)/(1<<20), n)
+		assert.LessOrEqual(t, m.most, replay.PageBytes)
+		assert.Greater(t, m.most, replay.PageBytes/2, "several at a time")
+		assert.Zero(t, m.held)
+	}
+	t.Run("Replay", func(t *testing.T) {
+		t.Parallel()
+		db, m := setup(t)
+		result, err := deadletter.Replay(t.Context(), m, db, deadletter.Filter{}, replay.Options{StopAt: 1}, nil)
+		require.NoError(t, err)
+		assert.Equal(t, deadletter.Result{Selected: n, Replayed: n}, result)
+		bounded(t, m)
+		s, err := m.Stream(t.Context(), stream.Events)
+		require.NoError(t, err)
+		assert.EqualValues(t, n, s.CachedInfo().State.Msgs)
+	})
+	t.Run("Discard", func(t *testing.T) {
+		t.Parallel()
+		db, m := setup(t)
+		result, err := deadletter.Discard(t.Context(), m, db, deadletter.Filter{}, nil)
+		require.NoError(t, err)
+		assert.Equal(t, deadletter.Result{Selected: n, Discarded: n}, result)
+		bounded(t, m)
+	})
+	t.Run("Each", func(t *testing.T) {
+		t.Parallel()
+		db, m := setup(t)
+		var seen []string
+		require.NoError(t, deadletter.Each(t.Context(), m, db, deadletter.Filter{}, func(e deadletter.Entry, r *deadletter.Record) error {
+			require.NotNil(t, r)
+			seen = append(seen, e.EventID)
+			m.letGo(e.LetterSeq)
+			return nil
+		}))
+		assert.Len(t, seen, n)
+		assert.True(t, slices.IsSorted(seen))
+		bounded(t, m)
+	})
 }
 
 func TestSweepMakesLettersAndIndexAgree(t *testing.T) {

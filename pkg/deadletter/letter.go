@@ -112,19 +112,22 @@ func Each(ctx context.Context, js jetstream.JetStream, db *gorm.DB, f Filter, fn
 			return err
 		}
 		at = entries[len(entries)-1].place()
-		messages, err := readPage(ctx, dlq, entries)
-		if err != nil {
-			return err
-		}
-		for i, msg := range messages {
-			var record *Record
-			if msg != nil {
-				r := parse(msg)
-				record = &r
-			}
-			if err := fn(entries[i], record); err != nil {
+		for len(entries) > 0 {
+			messages, err := readPage(ctx, dlq, entries)
+			if err != nil {
 				return err
 			}
+			for i, msg := range messages {
+				var record *Record
+				if msg != nil {
+					r := parse(msg)
+					record = &r
+				}
+				if err := fn(entries[i], record); err != nil {
+					return err
+				}
+			}
+			entries = entries[len(messages):]
 		}
 	}
 }

@@ -116,8 +116,8 @@ func (s Selection) EventID(seq uint64) string {
 	return fmt.Sprintf("run:%s:%s:%d", s.RunID, s.Handler, seq)
 }
 
-// Events publishes a selection, in the order of the stream, with a window of events in memory. It may be broken off and repeated with
-// the same selection.
+// Events publishes a selection, in the order of the stream. It holds a window of events in memory, at most [PageBytes] and one event for each
+// subject of the selection. It may be broken off and repeated with the same selection.
 func (r *Run) Events(ctx context.Context, s jetstream.Stream, sel Selection) error {
 	next := make([]*jetstream.RawStreamMsg, len(sel.Subjects)) // of each subject, the first that was not taken
 	at := make([]uint64, len(sel.Subjects))                    // where each goes on
@@ -130,7 +130,7 @@ func (r *Run) Events(ctx context.Context, s jetstream.Stream, sel Selection) err
 		}
 		window := r.Window()
 		items := make([]Item, 0, window)
-		for len(items) < window {
+		for held := 0; len(items) < window && held <= PageBytes-EventBytes; {
 			msg, err := take(ctx, s, sel, next, at)
 			if err != nil {
 				return err
@@ -138,7 +138,7 @@ func (r *Run) Events(ctx context.Context, s jetstream.Stream, sel Selection) err
 			if msg == nil {
 				break
 			}
-			items = append(items, sel.item(msg))
+			items, held = append(items, sel.item(msg)), held+len(msg.Data)
 		}
 		if len(items) == 0 {
 			return nil
@@ -191,15 +191,17 @@ type Place struct {
 	Seq     uint64
 }
 
-// Each publishes single events; those that are not kept any more are counted.
+// Each publishes single events, with a window of at most [PageBytes] in memory; those that are not kept any more are counted.
 func (r *Run) Each(ctx context.Context, s jetstream.Stream, sel Selection, places []Place) (gone int, err error) {
 	for len(places) > 0 {
 		if err := r.Wait(ctx); err != nil {
 			return gone, err
 		}
-		n := min(r.Window(), len(places))
-		items := make([]Item, 0, n)
-		for _, place := range places[:n] {
+		window := min(r.Window(), len(places))
+		items := make([]Item, 0, window)
+		n := 0
+		for held := 0; n < window && held <= PageBytes-EventBytes; n++ {
+			place := places[n]
 			msg, err := s.GetMsg(ctx, place.Seq)
 			if errors.Is(err, jetstream.ErrMsgNotFound) {
 				gone++
@@ -213,7 +215,7 @@ func (r *Run) Each(ctx context.Context, s jetstream.Stream, sel Selection, place
 				gone++
 				continue
 			}
-			items = append(items, item)
+			items, held = append(items, item), held+len(msg.Data)
 		}
 		if _, err := r.Publish(ctx, items); err != nil {
 			return gone, err

@@ -99,6 +99,13 @@ const (
 	pollSlowest = time.Second
 )
 
+// PageBytes is how many bytes of bodies whoever reads events for a run holds at once; EventBytes is how many one event has at most
+// (what ingest takes, and the headers), so that no more is begun to be read than there is room for.
+const (
+	PageBytes  = 16 << 20
+	EventBytes = 1<<20 + stream.HeaderRoom
+)
+
 // Run publishes items and watches them. It is for one goroutine.
 type Run struct {
 	js      jetstream.JetStream

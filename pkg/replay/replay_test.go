@@ -1,10 +1,15 @@
 package replay_test
 
 import (
+	"context"
 	"fmt"
+	"strings"
+	"sync"
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
@@ -94,4 +99,95 @@ func TestASelectionIsReadInOrderAndOnce(t *testing.T) {
 	info, err := s.Info(t.Context())
 	require.NoError(t, err)
 	assert.Equal(t, uint64(n+18), info.State.LastSeq)
+}
+
+// meter counts the bytes of events that were read and are not stored again yet.
+type meter struct {
+	jetstream.JetStream
+	mu         sync.Mutex
+	held, most int
+}
+
+func (m *meter) add(n int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.held += n
+	m.most = max(m.most, m.held)
+}
+
+func (m *meter) PublishMsgAsync(msg *nats.Msg, opts ...jetstream.PublishOpt) (jetstream.PubAckFuture, error) {
+	inner, err := m.JetStream.PublishMsgAsync(msg, opts...)
+	if err != nil {
+		return nil, err
+	}
+	f := future{inner, make(chan *jetstream.PubAck, 1), make(chan error, 1)}
+	go func() {
+		select {
+		case ack := <-inner.Ok():
+			m.add(-len(msg.Data))
+			f.ok <- ack
+		case err := <-inner.Err():
+			f.err <- err
+		}
+	}()
+	return f, nil
+}
+
+type future struct {
+	jetstream.PubAckFuture
+	ok  chan *jetstream.PubAck
+	err chan error
+}
+
+func (f future) Ok() <-chan *jetstream.PubAck { return f.ok }
+func (f future) Err() <-chan error            { return f.err }
+
+type meterStream struct {
+	jetstream.Stream
+	meter *meter
+}
+
+func (s meterStream) GetMsg(ctx context.Context, seq uint64, opts ...jetstream.GetMsgOpt) (*jetstream.RawStreamMsg, error) {
+	msg, err := s.Stream.GetMsg(ctx, seq, opts...)
+	if err == nil {
+		s.meter.add(len(msg.Data))
+	}
+	return msg, err
+}
+
+func TestLargeEventsAreHeldAFewAtATime(t *testing.T) {
+	t.Parallel()
+	db := dbtest.SQLite(t)
+	_, js := natstest.New(t).Setup()
+	const n = 20 // of nearly 1 MiB
+	places := make([]replay.Place, n)
+	for i := range n {
+		e, err := event.Decode(fmt.Appendf(nil, `{"type":"user.created","data":{"id":"user_%d","note":"%s"}}`, i, strings.Repeat("x", 1<<20-200)))
+		require.NoError(t, err)
+		e.ID, e.Source, e.ReceivedAt = fmt.Sprint("msg_", i), "clerk", time.Now()
+		ack, err := js.PublishMsg(t.Context(), stream.Message(&e))
+		require.NoError(t, err)
+		places[i] = replay.Place{EventID: e.ID, Seq: ack.Sequence}
+	}
+	s, err := js.Stream(t.Context(), stream.Events)
+	require.NoError(t, err)
+	for name, publish := range map[string]func(*replay.Run, jetstream.Stream) error{
+		"Events": func(r *replay.Run, s jetstream.Stream) error {
+			return r.Events(t.Context(), s, replay.Selection{Handler: "mirror", Subjects: []string{"clerk.evt.>"}, Last: n, RunID: "a"})
+		},
+		"Each": func(r *replay.Run, s jetstream.Stream) error {
+			gone, err := r.Each(t.Context(), s, replay.Selection{Handler: "mirror", RunID: "b"}, places)
+			assert.Zero(t, gone)
+			return err
+		},
+	} {
+		m := &meter{JetStream: js}
+		run := replay.New(m, db, replay.Options{StopAt: 1})
+		require.NoError(t, publish(run, meterStream{s, m}), name)
+		assert.Equal(t, n, run.Progress().Published, name)
+		t.Logf("%s: at most %.1f MiB at once, of %d", name, float64(m.most)/(1<<20), n)
+		assert.LessOrEqual(t, m.most, replay.PageBytes, name)
+		assert.Greater(t, m.most, replay.PageBytes/2, name)
+		assert.Zero(t, m.held, name)
+	}
 }
