@@ -138,12 +138,17 @@ func TestSilenceBeginsWithAChangeAndEndsWithAnEvent(t *testing.T) {
 	t.Parallel()
 	at := func(s int) time.Time { return time.Unix(int64(s), 0) }
 	d := detector{}
-	assert.Zero(t, d.observe(at(0), 100, 5, false), "the first look knows nothing")
-	assert.Zero(t, d.observe(at(60), 100, 5, false), "nothing happened")
-	assert.Zero(t, d.observe(at(120), 200, 5, true), "heard of it")
-	assert.Equal(t, at(180), d.observe(at(180), 300, 5, false))
-	assert.Equal(t, at(180), d.observe(at(240), 300, 5, false))
-	assert.Equal(t, at(180), d.observe(at(300), 400, 6, false))
-	assert.Zero(t, d.observe(at(360), 400, 6, true))
-	assert.Equal(t, at(420), d.observe(at(420), 400, 5, false), "a delete shows in the count only")
+	since := func(s int, newest, count int64, heard bool) int64 {
+		d.observe(at(s), newest, count, heard)
+		return d.Since / 1000
+	}
+	assert.Zero(t, since(0, 100, 5, false), "the first look knows nothing")
+	assert.Zero(t, since(60, 100, 5, false), "nothing happened")
+	assert.Zero(t, since(120, 200, 5, true), "heard of it")
+	assert.EqualValues(t, 180, since(180, 300, 5, false))
+	assert.EqualValues(t, 180, since(240, 300, 5, false))
+	assert.EqualValues(t, 180, since(300, 400, 6, false))
+	assert.EqualValues(t, 200, d.Newest, "what is missing is counted from when events still came")
+	assert.Zero(t, since(360, 400, 6, true))
+	assert.EqualValues(t, 420, since(420, 400, 5, false), "a delete shows in the count only")
 }

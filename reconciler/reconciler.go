@@ -19,7 +19,6 @@ import (
 	"net/http"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -31,6 +30,7 @@ import (
 	"github.com/usherhq/usher/pkg/config"
 	"github.com/usherhq/usher/pkg/event"
 	"github.com/usherhq/usher/pkg/observe"
+	"github.com/usherhq/usher/pkg/outbox"
 	"github.com/usherhq/usher/pkg/stream"
 )
 
@@ -45,8 +45,11 @@ type Config struct {
 	Interval     time.Duration // between incremental sweeps (10 min)
 	FullInterval time.Duration // between full sweeps (24 h)
 	SilenceAfter time.Duration // Clerk moving on without an event for so long is an alert (15 min)
-	SilenceEvery time.Duration // between two looks for it (1 min)
-	Poll         time.Duration // between two looks at what is due (1 s)
+	SilenceEvery time.Duration // between two looks for it (1 min, or a fifth of SilenceAfter where that is less)
+	// SilenceRepeat is between two alerts of one silence (24 h: four before Svix gives up on an endpoint).
+	SilenceRepeat time.Duration
+	Alerts        outbox.Alerts // where alerts go
+	Poll          time.Duration // between two looks at what is due (1 s)
 
 	Sweep SweepConfig // but for its source
 }
@@ -65,6 +68,7 @@ func ConfigFrom(s *config.Settings) Config {
 	c := Config{
 		Replicas: s.StreamReplicas,
 		Interval: s.ReconcileInterval, FullInterval: s.ReconcileFullInterval, SilenceAfter: s.SilenceAfter,
+		Alerts: outbox.Alerts{Email: s.AlertEmail, Mail: s.SMTPURL != "", Slack: s.SlackWebhookURL != ""},
 	}
 	for _, source := range s.Sources {
 		if source.SecretKey != "" {
@@ -109,7 +113,6 @@ type Reconciler struct {
 	db        *gorm.DB
 	metrics   *Metrics
 	sources   []*source
-	silent    atomic.Pointer[Silence]
 	once      sync.Once
 }
 
@@ -127,7 +130,8 @@ func New(cfg Config, deps Deps) (*Reconciler, error) {
 	cfg.Interval = cmp.Or(cfg.Interval, 10*time.Minute)
 	cfg.FullInterval = cmp.Or(cfg.FullInterval, 24*time.Hour)
 	cfg.SilenceAfter = cmp.Or(cfg.SilenceAfter, 15*time.Minute)
-	cfg.SilenceEvery = cmp.Or(cfg.SilenceEvery, time.Minute)
+	cfg.SilenceEvery = cmp.Or(cfg.SilenceEvery, min(time.Minute, cfg.SilenceAfter/5))
+	cfg.SilenceRepeat = cmp.Or(cfg.SilenceRepeat, 24*time.Hour)
 	cfg.Poll = cmp.Or(cfg.Poll, time.Second)
 	log := deps.Log.With(zap.String("service", Name))
 	js := deps.JetStream

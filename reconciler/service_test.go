@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -18,11 +19,14 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
+	"gorm.io/gorm"
 
 	"github.com/usherhq/usher/pkg/database"
 	"github.com/usherhq/usher/pkg/dbtest"
 	"github.com/usherhq/usher/pkg/emulator"
+	"github.com/usherhq/usher/pkg/event"
 	"github.com/usherhq/usher/pkg/observe"
+	"github.com/usherhq/usher/pkg/outbox"
 	"github.com/usherhq/usher/pkg/stream"
 	"github.com/usherhq/usher/reconciler"
 )
@@ -100,49 +104,178 @@ func TestAnotherProcessGoesOnWithTheSweepOfAKilledOne(t *testing.T) {
 	assert.Len(t, w.living("users"), live)
 }
 
-func TestSilenceIsNoticedOnceAndItsEndToo(t *testing.T) {
+// watcher is a reconciler that looks for silence every 30 ms, until stop is called.
+func (w *world) watcher(change func(*reconciler.Config)) (logs *observer.ObservedLogs, reg *prometheus.Registry, stop func()) {
+	w.t.Helper()
+	core, logs := observer.New(zapcore.WarnLevel)
+	reg = prometheus.NewRegistry()
+	cfg := reconciler.Config{
+		Sources: []reconciler.Source{w.source()}, Poll: 20 * time.Millisecond, Interval: time.Hour, SilenceAfter: 300 * time.Millisecond, SilenceEvery: 30 * time.Millisecond,
+		Sweep: reconciler.SweepConfig{Pause: 10 * time.Millisecond, LeaseTTL: time.Second},
+	}
+	if change != nil {
+		change(&cfg)
+	}
+	r, err := reconciler.New(cfg, reconciler.Deps{JetStream: w.js, DB: w.db, Log: zap.New(core), Registerer: reg, Health: &observe.Health{}})
+	require.NoError(w.t, err)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- r.Run(ctx) }()
+	stop = sync.OnceFunc(func() {
+		cancel()
+		assert.NoError(w.t, <-done)
+	})
+	w.t.Cleanup(stop)
+	// It knows how things stand once it has looked a few times.
+	looked := w.api.RequestsTo("/v1/users/count")
+	require.Eventually(w.t, func() bool { return w.api.RequestsTo("/v1/users/count") > looked+5 }, 20*time.Second, 10*time.Millisecond)
+	return logs, reg, stop
+}
+
+func (w *world) notifications(kind string) []outbox.Notification {
+	w.t.Helper()
+	var found []outbox.Notification
+	require.NoError(w.t, w.db.Where("kind = ?", kind).Order("created_at").Find(&found).Error)
+	return found
+}
+
+func (w *world) notified(kind string, n int) {
+	w.t.Helper()
+	require.Eventually(w.t, func() bool { return len(w.notifications(kind)) >= n }, 20*time.Second, 10*time.Millisecond, "%d of %s", n, kind)
+}
+
+// looks waits until the detector has looked so often again.
+func (w *world) looks(n int) {
+	w.t.Helper()
+	before := w.api.RequestsTo("/v1/users/count")
+	require.Eventually(w.t, func() bool { return w.api.RequestsTo("/v1/users/count") > before+n }, 20*time.Second, 10*time.Millisecond)
+}
+
+func TestSilenceIsToldOnceAndItsEndToo(t *testing.T) {
+	t.Parallel()
+	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {
+		w := newWorld(t, db, emulator.APIConfig{})
+		w.tell(10, all)
+		before, _ := w.clerk.SignUp()
+		logs, reg, _ := w.watcher(nil)
+		w.looks(20)
+		assert.Empty(t, w.notifications("silence"), "nothing happens at Clerk: no silence")
+
+		_, events := w.clerk.SignUp() // and no webhook
+		_, _ = w.clerk.SignUp()
+		_, _ = w.clerk.Rename(before)
+		gone, ok := w.clerk.Leave(before)
+		require.True(t, ok)
+		w.notified("silence", 1)
+		w.looks(20)
+		alerts := w.notifications("silence")
+		require.Len(t, alerts, 1)
+		assert.Equal(t, outbox.Suppressed, alerts[0].Status, "the settings have no way to send it")
+		assert.Equal(t, "clerk", alerts[0].Source)
+		assert.Contains(t, alerts[0].Body, "created, changed or deleted since then: 3.", "two that came, one that went")
+		assert.Contains(t, alerts[0].Body, "https://app.svix.com/login#key=emulated")
+		assert.Contains(t, alerts[0].Body, "replay missing")
+		assert.Greater(t, silenceSeconds(t, reg), .2)
+		assert.Equal(t, 1, logs.FilterMessageSnippet("no webhook comes").Len())
+		for _, e := range logs.All() {
+			assert.NotContains(t, fmt.Sprint(e.Message, e.ContextMap()), "#key=", "the link is a credential")
+		}
+
+		publishReconciled(t, w, gone[0])
+		w.looks(10)
+		assert.Empty(t, w.notifications("silence_over"), "what a sweep found is no webhook")
+		for _, e := range events {
+			publishWebhook(t, w, e)
+		}
+		w.notified("silence_over", 1)
+		w.looks(20)
+		assert.Len(t, w.notifications("silence_over"), 1)
+		assert.Len(t, w.notifications("silence"), 1)
+		assert.Zero(t, silenceSeconds(t, reg))
+	})
+}
+
+func TestSilenceOutlivesTheProcessThatNoticedIt(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, dbtest.SQLite(t), emulator.APIConfig{})
 	w.tell(10, all)
-	core, logs := observer.New(zapcore.WarnLevel)
-	reg := prometheus.NewRegistry()
-	r, err := reconciler.New(reconciler.Config{
-		Sources: []reconciler.Source{w.source()}, Poll: 20 * time.Millisecond, SilenceAfter: 300 * time.Millisecond, SilenceEvery: 30 * time.Millisecond,
-		Sweep: reconciler.SweepConfig{Pause: 10 * time.Millisecond},
-	}, reconciler.Deps{JetStream: w.js, DB: w.db, Log: zap.New(core), Registerer: reg, Health: &observe.Health{}})
-	require.NoError(t, err)
-	ctx, cancel := context.WithCancel(t.Context())
-	done := make(chan error, 1)
-	go func() { done <- r.Run(ctx) }()
-	defer func() {
-		cancel()
-		require.NoError(t, <-done)
-	}()
-	require.Eventually(t, func() bool { return w.api.RequestsTo("/v1/users/count") > 5 }, 20*time.Second, 10*time.Millisecond)
-	assert.Nil(t, r.Silence(), "nothing happens at Clerk: no silence")
+	_, _, stop := w.watcher(func(c *reconciler.Config) { c.SilenceAfter = 2 * time.Second })
+	_, events := w.clerk.SignUp()
+	w.looks(5)
+	stop() // before it could tell
 
-	_, events := w.clerk.SignUp() // and no webhook
-	require.Eventually(t, func() bool { return r.Silence() != nil }, 20*time.Second, 10*time.Millisecond)
+	_, _, stop = w.watcher(func(c *reconciler.Config) { c.SilenceAfter = 2 * time.Second })
+	w.notified("silence", 1)
+	stop()
+	_, _, stop = w.watcher(nil)
+	w.looks(20)
+	assert.Len(t, w.notifications("silence"), 1, "another process tells of it again")
+	stop()
+	publishWebhook(t, w, events[0]) // while nobody listens
+	w.watcher(nil)
+	w.notified("silence_over", 1)
+	w.looks(20)
+	assert.Len(t, w.notifications("silence"), 1)
+	assert.Len(t, w.notifications("silence_over"), 1)
+}
+
+func TestSilenceIsToldAgainAndWhereTheSettingsSay(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, dbtest.SQLite(t), emulator.APIConfig{})
+	w.tell(10, all)
+	w.watcher(func(c *reconciler.Config) {
+		c.SilenceRepeat = 700 * time.Millisecond
+		c.Alerts = outbox.Alerts{Slack: true, Mail: true, Email: "ops@example.com"}
+	})
 	_, _ = w.clerk.SignUp()
-	alerts := func() int { return logs.FilterMessageSnippet("no webhook comes").Len() }
-	metric := func() float64 {
-		n := 0.0
-		families, err := reg.Gather()
-		require.NoError(t, err)
-		for _, f := range families {
-			if f.GetName() == "usher_silence_seconds" {
-				n = f.GetMetric()[0].GetGauge().GetValue()
-			}
-		}
-		return n
+	w.notified("silence", 6)
+	alerts := w.notifications("silence")
+	for _, a := range alerts {
+		assert.Equal(t, outbox.Pending, a.Status)
 	}
-	assert.Greater(t, metric(), .2)
-	assert.Equal(t, 1, alerts())
+	assert.NotContains(t, alerts[0].Subject, "alert 2")
+	assert.Contains(t, alerts[2].Subject, "alert 2")
+	assert.GreaterOrEqual(t, alerts[2].CreatedAt.Sub(alerts[0].CreatedAt), 500*time.Millisecond)
+}
 
-	for _, e := range events {
-		publishWebhook(t, w, e)
+func TestSilenceIsToldOnceTheDatabaseIsBack(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, dbtest.SQLite(t), emulator.APIConfig{})
+	w.tell(10, all)
+	logs, _, _ := w.watcher(nil)
+	require.NoError(t, w.db.Exec("ALTER TABLE notifications RENAME TO away").Error)
+	_, events := w.clerk.SignUp()
+	require.Eventually(t, func() bool { return logs.FilterMessage("could not look for silence").Len() > 2 }, 20*time.Second, 10*time.Millisecond)
+	require.NoError(t, w.db.Exec("ALTER TABLE away RENAME TO notifications").Error)
+	w.notified("silence", 1)
+	require.NoError(t, w.db.Exec("ALTER TABLE notifications RENAME TO away").Error)
+	logs.TakeAll()
+	publishWebhook(t, w, events[0])
+	require.Eventually(t, func() bool { return logs.FilterMessage("could not look for silence").Len() > 2 }, 20*time.Second, 10*time.Millisecond)
+	require.NoError(t, w.db.Exec("ALTER TABLE away RENAME TO notifications").Error)
+	w.notified("silence_over", 1)
+	assert.Len(t, w.notifications("silence"), 1)
+}
+
+func silenceSeconds(t *testing.T, reg *prometheus.Registry) float64 {
+	t.Helper()
+	families, err := reg.Gather()
+	require.NoError(t, err)
+	for _, f := range families {
+		if f.GetName() == "usher_silence_seconds" {
+			return f.GetMetric()[0].GetGauge().GetValue()
+		}
 	}
-	require.Eventually(t, func() bool { return r.Silence() == nil }, 20*time.Second, 10*time.Millisecond)
-	assert.Equal(t, 1, logs.FilterMessageSnippet("silence has ended").Len())
-	assert.Equal(t, 1, alerts())
+	t.Fatal("no metric usher_silence_seconds")
+	return 0
+}
+
+// publishReconciled stores an event as a sweep would.
+func publishReconciled(t *testing.T, w *world, e emulator.Event) {
+	t.Helper()
+	decoded, err := event.Decode(e.Body)
+	require.NoError(t, err)
+	decoded.ID, decoded.Source, decoded.Origin, decoded.ReceivedAt = "rec_"+e.ID, "clerk", event.OriginReconcile, time.Now()
+	_, err = w.js.PublishMsg(t.Context(), stream.Message(&decoded))
+	require.NoError(t, err)
 }

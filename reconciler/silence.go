@@ -1,52 +1,64 @@
 package reconciler
 
 import (
+	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
 	"go.uber.org/zap"
+	"gorm.io/gorm"
 
+	"github.com/usherhq/usher/pkg/clerk"
+	"github.com/usherhq/usher/pkg/database"
 	"github.com/usherhq/usher/pkg/event"
+	"github.com/usherhq/usher/pkg/outbox"
 	"github.com/usherhq/usher/pkg/stream"
 )
 
-// Silence says that Clerk moved on and nothing was heard of it.
-type Silence struct {
-	Source string
-	Since  time.Time // when the first change was seen of which no event came
-	Missed int64     // users by which Clerk's count and the mirror's differ
-}
+// Kinds of the alerts in the outbox.
+const (
+	kindSilence     = "silence"
+	kindSilenceOver = "silence_over"
+)
+
+const (
+	// disabledAfter is when Svix disables an endpoint that has only failed (docs.svix.com/retries).
+	disabledAfter = 5 * 24 * time.Hour
+	// maxListen bounds the events that one look goes through: after a sweep there may be many that are not webhooks.
+	maxListen = 10_000
+	// maxMissing bounds the users that are read to count what is missing.
+	maxMissing = 10_000
+)
 
 // detector compares, for one source, what changed at Clerk with what was received. It knows no clock but its own: a change
-// counts from when it was first seen, not from when Clerk says it was.
+// counts from when it was first seen, not from when Clerk says it was. It is kept in the broker, so that a restart
+// neither forgets a silence nor tells of it twice.
 type detector struct {
-	newest   int64 // ms, of the newest change at Clerk
-	count    int64
-	known    bool
-	since    time.Time // of the first change without an event; zero while events come
-	alerted  time.Time
-	position uint64 // in the stream, up to which was listened
+	Known    bool   `json:"known"`
+	Newest   int64  `json:"newest"`   // ms, of the newest change at Clerk, and
+	Count    int64  `json:"count"`    // how many users there were, when events still came
+	Since    int64  `json:"since"`    // ms, when the first change without an event was seen; 0 while events come
+	Alerts   int64  `json:"alerts"`   // of this silence, that were raised
+	Position uint64 `json:"position"` // in the stream, up to which was listened
 }
 
-// observe takes one look and says since when there is silence, zero for none. An event ends it, whatever it is about; what Clerk
+// observe takes one look and tells whether there is silence. An event ends it, whatever it is about; what Clerk
 // changes without an event coming begins it.
-func (d *detector) observe(now time.Time, newest, count int64, heard bool) time.Time {
-	moved := d.known && (newest != d.newest || count != d.count)
-	d.newest, d.count, d.known = newest, count, true
+func (d *detector) observe(now time.Time, newest, count int64, heard bool) bool {
+	moved := d.Known && (newest != d.Newest || count != d.Count)
 	switch {
-	case heard:
-		d.since = time.Time{}
-	case moved && d.since.IsZero():
-		d.since = now
+	case heard || !d.Known:
+		d.Newest, d.Count, d.Known, d.Since = newest, count, true, 0
+	case moved && d.Since == 0:
+		d.Since = now.UnixMilli()
 	}
-	return d.since
+	return d.Since != 0
 }
-
-// repeatAlert is how often an alert comes again. Svix disables an endpoint after five days of failures.
-const repeatAlert = 12 * time.Hour
 
 // watch looks for silence while it holds the lease for that, so that one process asks Clerk.
 func (r *Reconciler) watch(ctx context.Context) {
@@ -58,11 +70,10 @@ func (r *Reconciler) watch(ctx context.Context) {
 		if err != nil {
 			continue // another watches, or the broker is away
 		}
-		detectors := make([]detector, len(r.sources))
 		for leased.Err() == nil {
 			longest := time.Duration(0)
-			for i, s := range r.sources {
-				silence, err := r.listen(leased, s, &detectors[i])
+			for _, s := range r.sources {
+				silence, err := r.listen(leased, s)
 				if err != nil && leased.Err() == nil {
 					r.log.Warn("could not look for silence", zap.String("source", s.Name), zap.Error(err))
 				}
@@ -77,79 +88,229 @@ func (r *Reconciler) watch(ctx context.Context) {
 }
 
 // listen takes one look at one source, with two small requests, and says how long it has been silent.
-func (r *Reconciler) listen(ctx context.Context, s *source, d *detector) (time.Duration, error) {
-	o, _, err := s.client.Latest(ctx, "users")
+func (r *Reconciler) listen(ctx context.Context, s *source) (time.Duration, error) {
+	d, err := r.remember(ctx, s.Name)
 	if err != nil {
 		return 0, err
+	}
+	before := d
+	silence, err := r.look(ctx, s, &d)
+	if d != before { // also when no alert could be raised: the silence has begun all the same
+		err = errors.Join(err, r.note(ctx, s.Name, d))
+	}
+	return silence, err
+}
+
+func (r *Reconciler) look(ctx context.Context, s *source, d *detector) (time.Duration, error) {
+	o, _, err := s.client.Latest(ctx, "users")
+	if err != nil {
+		return 0, fmt.Errorf("look for silence: %w", err)
 	}
 	count, err := s.client.Count(ctx, "users")
 	if err != nil {
-		return 0, err
+		return 0, fmt.Errorf("look for silence: %w", err)
 	}
+	was := *d
 	heard, err := r.heard(ctx, s.Name, d)
 	if err != nil {
 		return 0, err
 	}
 	now := time.Now()
-	since := d.observe(now, event.Millis(o.UpdatedAt), count, heard)
-	silence := time.Duration(0)
-	if !since.IsZero() {
-		silence = now.Sub(since)
+	if !d.observe(now, event.Millis(o.UpdatedAt), count, heard) {
+		if was.Alerts > 0 {
+			if err := r.over(ctx, s, was, now); err != nil {
+				*d = was // to be told at the next look
+				return 0, err
+			}
+			d.Alerts = 0
+		}
+		return 0, nil
 	}
-	switch {
-	case silence >= r.cfg.SilenceAfter && now.Sub(d.alerted) >= repeatAlert:
-		rows, err := s.sweeper.books.count(ctx, "users")
-		if err != nil {
+	silence := now.Sub(time.UnixMilli(d.Since))
+	// The first after the set time, then one a day: several before Svix gives up on the endpoint.
+	due := int64(0)
+	if silence >= r.cfg.SilenceAfter {
+		due = 1 + int64((silence-r.cfg.SilenceAfter)/r.cfg.SilenceRepeat)
+	}
+	if d.Alerts < due {
+		if err := r.alert(ctx, s, d, count, due); err != nil {
 			return silence, err
 		}
-		alert := &Silence{Source: s.Name, Since: since, Missed: max(count-rows, rows-count)}
-		r.silent.Store(alert)
-		d.alerted = now
-		r.log.Error("Clerk moves on and no webhook comes: the endpoint is probably disabled or cannot be reached. Look at it in Clerk's dashboard (Webhooks), "+
-			"enable it, and choose \"replay missing\" there; until then sweeps catch up every interval",
-			zap.String("source", s.Name), zap.Time("since", since), zap.Duration("duration", silence), zap.Int64("users_missing", alert.Missed))
-	case since.IsZero() && !d.alerted.IsZero():
-		d.alerted = time.Time{}
-		r.silent.Store(nil)
-		r.log.Warn("webhooks come again: the silence has ended", zap.String("source", s.Name))
+		d.Alerts = due
 	}
 	return silence, nil
 }
 
-// Silence is what the detector of this process raised last, nil while webhooks come. It does not make the process unready: what is broken
-// lies elsewhere.
-func (r *Reconciler) Silence() *Silence { return r.silent.Load() }
+// alert raises the n-th alert of a silence.
+func (r *Reconciler) alert(ctx context.Context, s *source, d *detector, count, n int64) error {
+	missed, whole, err := r.missing(ctx, s, d, count)
+	if err != nil {
+		return err
+	}
+	since := time.UnixMilli(d.Since).UTC()
+	where := "Clerk's dashboard, Webhooks"
+	link, err := s.client.RefreshPortalURL(ctx) // a credential: for the alert, not for the log
+	switch {
+	case err == nil:
+		where = link
+	case ctx.Err() != nil:
+		return fmt.Errorf("alert of silence: %w", err)
+	default:
+		r.log.Warn("no link to the webhook portal for the alert", zap.String("source", s.Name), zap.Error(err))
+	}
+	atLeast := ""
+	if !whole {
+		atLeast = "at least "
+	}
+	var body strings.Builder
+	fmt.Fprintf(&body, "Clerk (source %s) moves on, and no webhook has come since %s.\n", s.Name, since.Format(time.RFC3339))
+	fmt.Fprintf(&body, "Users created, changed or deleted since then: %s%d.\n", atLeast, missed)
+	body.WriteString("The endpoint is probably disabled, or cannot be reached.\n\nWhat to do:\n")
+	fmt.Fprintf(&body, "1. Open %s\n", where)
+	body.WriteString("2. Look at the endpoint's last attempts: what did it answer? Mend that first.\n")
+	body.WriteString("3. Enable the endpoint, if it is disabled.\n")
+	body.WriteString("4. Choose \"replay missing\" there, from the time above.\n\n")
+	fmt.Fprintf(&body, "Svix disables an endpoint that only fails for five days: here about %s. ", since.Add(disabledAfter).Format(time.RFC3339))
+	fmt.Fprintf(&body, "Until webhooks come again, sweeps catch up every %s.\n", r.cfg.Interval)
+	subject := fmt.Sprintf("Usher hears nothing from Clerk since %s", since.Format("2006-01-02 15:04 MST"))
+	if n > 1 {
+		subject += fmt.Sprintf(" (alert %d)", n)
+	}
+	err = r.enqueue(ctx, outbox.Notification{
+		EffectKey: fmt.Sprintf("silence/%s/%d/%d", s.Name, d.Since, n), Kind: kindSilence, Source: s.Name, Subject: subject, Body: body.String(),
+	})
+	if err != nil {
+		return err
+	}
+	r.log.Error("Clerk moves on and no webhook comes: the endpoint is probably disabled or cannot be reached. Look at it in Clerk's dashboard (Webhooks), "+
+		"enable it, and choose \"replay missing\" there; until then sweeps catch up every interval",
+		zap.String("source", s.Name), zap.Time("since", since), zap.Int64("users_missing", missed), zap.Int64("alert", n))
+	return nil
+}
 
-// maxListen bounds the events that one look goes through: after a sweep there may be many that are not webhooks.
-const maxListen = 5000
+// over tells that a silence has ended, once, and only of one that an alert was raised for.
+func (r *Reconciler) over(ctx context.Context, s *source, d detector, now time.Time) error {
+	since := time.UnixMilli(d.Since).UTC()
+	took := now.Sub(since).Round(time.Second)
+	err := r.enqueue(ctx, outbox.Notification{
+		EffectKey: fmt.Sprintf("silence_over/%s/%d", s.Name, d.Since), Kind: kindSilenceOver, Source: s.Name,
+		Subject: "Usher hears from Clerk again",
+		Body: fmt.Sprintf("Webhooks of Clerk (source %s) come again. There was silence from %s to %s (%s).\n"+
+			"If \"replay missing\" was not chosen in the webhook portal, the next sweep brings what is still missing; `usher reconcile` does at once.\n",
+			s.Name, since.Format(time.RFC3339), now.UTC().Format(time.RFC3339), took),
+	})
+	if err != nil {
+		return err
+	}
+	r.log.Warn("webhooks come again: the silence has ended", zap.String("source", s.Name), zap.Time("since", since), zap.Duration("duration", took))
+	return nil
+}
 
-// heard tells whether a webhook of the source came since the last look, the first of which hears none. Events that sweeps published do
-// not count, nor do replays.
+// enqueue puts an alert into the outbox. It does not go through the event stream: an alert that the pipeline is broken must not
+// need the pipeline.
+func (r *Reconciler) enqueue(ctx context.Context, n outbox.Notification) error {
+	err := database.InTx(ctx, r.db, func(tx *gorm.DB) error {
+		_, err := r.cfg.Alerts.Enqueue(tx, n)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("alert of silence: %w", err)
+	}
+	return nil
+}
+
+// missing counts the users that were created, changed or deleted since events stopped; false where there are more. It costs a
+// request for each 500 of them.
+func (r *Reconciler) missing(ctx context.Context, s *source, d *detector, count int64) (n int64, whole bool, err error) {
+	var changed, created int64
+	whole = true
+pages:
+	for page, err := range s.client.Pages(ctx, "users", clerk.Updated, "") {
+		if err != nil {
+			return 0, false, fmt.Errorf("count what is missing: %w", err)
+		}
+		for _, o := range page.Objects {
+			if event.Millis(o.UpdatedAt) <= d.Newest {
+				break pages
+			}
+			if changed++; event.Millis(o.CreatedAt) > d.Newest {
+				created++
+			}
+		}
+		if whole = changed < maxMissing; !whole {
+			break
+		}
+	}
+	deleted := int64(0)
+	if whole {
+		deleted = max(0, d.Count+created-count)
+	}
+	return changed + deleted, whole, nil
+}
+
+// heard tells whether a webhook of the source was stored since the last look, the first of which hears none. Events that sweeps
+// published do not count, nor do replays.
 func (r *Reconciler) heard(ctx context.Context, name string, d *detector) (bool, error) {
 	events, err := r.js.Stream(ctx, stream.Events)
 	if err != nil {
 		return false, fmt.Errorf("look up stream %s: %w", stream.Events, err)
 	}
 	last := events.CachedInfo().State.LastSeq
-	if d.position == 0 || d.position > last {
-		d.position = max(last, 1)
+	if !d.Known || d.Position > last { // the stream was made anew
+		d.Position = last
 		return false, nil
 	}
 	filter := "clerk.evt." + stream.Token(name) + ".>"
 	for range maxListen {
-		msg, err := events.GetMsg(ctx, d.position+1, jetstream.WithGetMsgSubject(filter))
+		msg, err := events.GetMsg(ctx, d.Position+1, jetstream.WithGetMsgSubject(filter))
 		if errors.Is(err, jetstream.ErrMsgNotFound) {
-			d.position = max(last, d.position)
+			d.Position = max(last, d.Position)
 			return false, nil
 		}
 		if err != nil {
 			return false, fmt.Errorf("look for events: %w", err)
 		}
-		d.position = msg.Sequence
-		if origin := event.Origin(msg.Header.Get(stream.HeaderOrigin)); origin == event.OriginWebhook || origin == "" {
-			d.position = max(last, d.position) // one is enough
+		d.Position = msg.Sequence
+		if origin := cmp.Or(event.Origin(msg.Header.Get(stream.HeaderOrigin)), event.OriginWebhook); origin == event.OriginWebhook {
+			d.Position = max(last, d.Position) // one is enough
 			return true, nil
 		}
 	}
 	return false, nil
+}
+
+// memoryKey is where a source's detector is kept, beside the lease that says who may use it.
+func memoryKey(source string) string { return "silence." + stream.Token(source) }
+
+func (r *Reconciler) remember(ctx context.Context, source string) (d detector, err error) {
+	kv, err := r.js.KeyValue(ctx, stream.Leases)
+	if err != nil {
+		return d, fmt.Errorf("open bucket %s: %w", stream.Leases, err)
+	}
+	entry, err := kv.Get(ctx, memoryKey(source))
+	if errors.Is(err, jetstream.ErrKeyNotFound) {
+		return d, nil
+	}
+	if err != nil {
+		return d, fmt.Errorf("read %s: %w", memoryKey(source), err)
+	}
+	if json.Unmarshal(entry.Value(), &d) != nil { // of another version: begin anew
+		d = detector{}
+	}
+	return d, nil
+}
+
+func (r *Reconciler) note(ctx context.Context, source string, d detector) error {
+	text, err := json.Marshal(d)
+	if err != nil {
+		return fmt.Errorf("note silence: %w", err)
+	}
+	kv, err := r.js.KeyValue(ctx, stream.Leases)
+	if err == nil {
+		_, err = kv.Put(ctx, memoryKey(source), text)
+	}
+	if err != nil {
+		return fmt.Errorf("note silence: %w", err)
+	}
+	return nil
 }
