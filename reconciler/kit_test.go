@@ -65,7 +65,21 @@ func (w *world) sweeper(change ...func(*reconciler.SweepConfig)) *reconciler.Swe
 	return w.sweeperOf(client, change...)
 }
 
+// loggingSweeper is one whose log is looked at.
+func (w *world) loggingSweeper(log *zap.Logger, change ...func(*reconciler.SweepConfig)) *reconciler.Sweeper {
+	w.t.Helper()
+	client, err := w.source().Client(zap.NewNop(), reconciler.NewMetrics(nil))
+	require.NoError(w.t, err)
+	w.t.Cleanup(client.Close)
+	return w.build(client, log, change...)
+}
+
 func (w *world) sweeperOf(api reconciler.API, change ...func(*reconciler.SweepConfig)) *reconciler.Sweeper {
+	w.t.Helper()
+	return w.build(api, zap.NewNop(), change...)
+}
+
+func (w *world) build(api reconciler.API, log *zap.Logger, change ...func(*reconciler.SweepConfig)) *reconciler.Sweeper {
 	w.t.Helper()
 	publisher := stream.NewPublisher(w.js, 1)
 	w.t.Cleanup(publisher.Close)
@@ -73,7 +87,7 @@ func (w *world) sweeperOf(api reconciler.API, change ...func(*reconciler.SweepCo
 	for _, f := range change {
 		f(&cfg)
 	}
-	return reconciler.NewSweeper(cfg, reconciler.SweepDeps{API: api, DB: w.db, JS: w.js, Publisher: publisher, Log: zap.NewNop()})
+	return reconciler.NewSweeper(cfg, reconciler.SweepDeps{API: api, DB: w.db, JS: w.js, Publisher: publisher, Log: log})
 }
 
 // tell tells a story and applies those of its events that keep says.

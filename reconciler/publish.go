@@ -110,6 +110,9 @@ func (w *sweep) publish(ctx context.Context, drifts []drift) error {
 	if err := w.name(ctx, drifts); err != nil {
 		return err
 	}
+	if err := w.makeRoom(ctx, len(drifts)); err != nil {
+		return err
+	}
 	acks := make([]stream.Ack, len(drifts))
 	errs := make([]error, len(drifts))
 	group, gctx := errgroup.WithContext(ctx)
@@ -142,10 +145,78 @@ func (w *sweep) publish(ctx context.Context, drifts []drift) error {
 	return err //nolint:wrapcheck // publishOne says what it was
 }
 
-// publishOne tries for a minute: a broker that is full or away for a moment costs no sweep.
+// room is how many more events a sweep may publish before it looks at the mirror's backlog again.
+type room struct {
+	left   int
+	looked time.Time
+	said   time.Time // when the log was last told that the sweep waits
+}
+
+const (
+	// lookEvery is how old a look at the backlog may be: webhooks come meanwhile.
+	lookEvery = time.Second
+	// lookWaiting is how often a sweep looks that waits for the worker.
+	lookWaiting = 250 * time.Millisecond
+	// sayWaiting is how often the log is told of it.
+	sayWaiting = time.Minute
+)
+
+// makeRoom waits while the mirror has too much before it. A sweep reads faster than a worker applies, and without it a large
+// one would fill the stream, so that ingest had to refuse webhooks. Nothing is read meanwhile but the page that was asked for ahead.
+func (w *sweep) makeRoom(ctx context.Context, events int) error {
+	if w.room.left >= events && time.Since(w.room.looked) < lookEvery {
+		w.room.left -= events
+		return nil
+	}
+	most, began, waited := w.cfg.MaxPending, time.Now(), false
+	for {
+		pending, err := w.pending(ctx)
+		if err != nil {
+			return err
+		}
+		w.room.looked = time.Now()
+		if pending <= most {
+			w.room.left = w.cfg.MaxPending - pending - events
+			if waited {
+				w.progress(0)
+				w.log.Info("the worker has caught up, publishing again", zap.Int("pending", pending), zap.Duration("duration", time.Since(began)))
+			}
+			return nil
+		}
+		most, waited = w.cfg.MaxPending/2, true // else it would wait again after the next page
+		w.progress(int64(pending))
+		if time.Since(w.room.said) >= sayWaiting {
+			w.room.said = time.Now()
+			w.log.Warn("waiting for the worker: too many events are not applied yet", zap.String("resource", w.table), zap.Int("pending", pending), zap.Int("limit", w.cfg.MaxPending))
+		}
+		if err := sleep(ctx, lookWaiting); err != nil {
+			return err
+		}
+	}
+}
+
+// pending is how many events the mirror has before it.
+func (w *sweep) pending(ctx context.Context) (int, error) {
+	n := 0
+	err := patiently(ctx, func() error {
+		try, cancel := context.WithTimeout(ctx, stream.PublishTimeout)
+		defer cancel()
+		var err error
+		n, _, err = w.backlog(try)
+		return err
+	})
+	return n, err
+}
+
+// patiently tries for a minute: a broker that is full or away for a moment costs no sweep.
+func patiently(ctx context.Context, do func() error) error {
+	return backoff.Retry(do, backoff.WithContext(backoff.NewExponentialBackOff( //nolint:wrapcheck // do says what it was
+		backoff.WithInitialInterval(100*time.Millisecond), backoff.WithMaxInterval(5*time.Second), backoff.WithMaxElapsedTime(time.Minute)), ctx))
+}
+
 func (w *sweep) publishOne(ctx context.Context, e *event.Event) (stream.Ack, error) {
 	var ack stream.Ack
-	err := backoff.Retry(func() error {
+	err := patiently(ctx, func() error {
 		try, cancel := context.WithTimeout(ctx, 2*stream.PublishTimeout)
 		defer cancel()
 		var err error
@@ -154,8 +225,8 @@ func (w *sweep) publishOne(ctx context.Context, e *event.Event) (stream.Ack, err
 			return backoff.Permanent(err)
 		}
 		return err
-	}, backoff.WithContext(backoff.NewExponentialBackOff(backoff.WithInitialInterval(100*time.Millisecond), backoff.WithMaxInterval(5*time.Second), backoff.WithMaxElapsedTime(time.Minute)), ctx))
-	return ack, err //nolint:wrapcheck // says what it did
+	})
+	return ack, err
 }
 
 // name gives events their ids. An event that the mirror has applied, and whose drift is there again (a row that was changed by hand,
@@ -189,17 +260,17 @@ func (w *sweep) name(ctx context.Context, drifts []drift) error {
 // mirrorHandler is the consumer that applies events to the mirror.
 const mirrorHandler = "mirror"
 
-// backlog tells whether the mirror has events before it, and from which one on.
-func (w *sweep) backlog(ctx context.Context) (busy bool, floor uint64, err error) {
+// backlog tells how many events the mirror has before it, and from which one on. Without a mirror there are none.
+func (w *sweep) backlog(ctx context.Context) (pending int, floor uint64, err error) {
 	consumer, err := w.js.Consumer(ctx, stream.Events, mirrorHandler)
 	if errors.Is(err, jetstream.ErrConsumerNotFound) {
-		return false, 0, nil
+		return 0, 0, nil
 	}
 	if err != nil {
-		return false, 0, fmt.Errorf("look up consumer %s: %w", mirrorHandler, err)
+		return 0, 0, fmt.Errorf("look up consumer %s: %w", mirrorHandler, err)
 	}
 	info := consumer.CachedInfo()
-	return info.NumPending+uint64(max(info.NumAckPending, 0)) > 0, info.AckFloor.Stream, nil
+	return int(info.NumPending) + info.NumAckPending, info.AckFloor.Stream, nil
 }
 
 // landed takes out the candidates for which an event is still on its way.
@@ -207,8 +278,8 @@ func (w *sweep) landed(ctx context.Context, candidates []*candidate) ([]*candida
 	if len(candidates) == 0 || w.opts.Kind == Backfill {
 		return candidates, nil
 	}
-	busy, floor, err := w.backlog(ctx)
-	if err != nil || !busy {
+	pending, floor, err := w.backlog(ctx)
+	if err != nil || pending == 0 {
 		return candidates, err
 	}
 	events, err := w.js.Stream(ctx, stream.Events)

@@ -46,6 +46,10 @@ type SweepConfig struct {
 	Rechecks   int           // how often a verification looks (3)
 	Checkpoint time.Duration // between two checkpoints (2 s)
 	LeaseTTL   time.Duration // after which a dead sweep's lease is free (8 s)
+
+	// MaxPending is how many events the mirror may have before it; above that a sweep publishes no more until the worker has
+	// come down to half of it (50,000).
+	MaxPending int
 }
 
 // publisher stores events durably.
@@ -96,7 +100,7 @@ type Options struct {
 	Force     bool     // delete whatever Clerk says is gone, however much
 	// Wait is how long to wait for another process's sweep to end.
 	Wait     time.Duration
-	Progress func(Progress) // called now and then, by one goroutine
+	Progress func(Progress) // called now and then, by one goroutine, also while the run waits for the worker
 
 	origin event.Origin
 }
@@ -106,6 +110,7 @@ type Progress struct {
 	Resource string
 	Done     int64
 	Total    int64 // as Clerk counts; 0 where it is not known
+	Waiting  int64 // events that are not applied yet, while the run waits for the worker; else 0
 }
 
 // Report is what a run found and did.

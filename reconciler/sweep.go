@@ -81,6 +81,7 @@ type sweep struct {
 	rereads int
 	// lastRead is when the last page was read, saved when the last checkpoint was made.
 	lastRead, saved time.Time
+	room            room
 }
 
 // run sweeps the tables that are not done yet.
@@ -109,6 +110,12 @@ func (w *sweep) run(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+func (w *sweep) progress(waiting int64) {
+	if w.opts.Progress != nil {
+		w.opts.Progress(Progress{Resource: w.table, Done: w.at.Checked, Total: w.at.Total, Waiting: waiting})
+	}
 }
 
 func (w *sweep) checkpoint(ctx context.Context) error {
@@ -365,11 +372,11 @@ func (w *sweep) incremental(ctx context.Context) error {
 	if w.at.Count, w.at.Rows = count, rows; count-rows == last.Count-last.Rows {
 		return nil
 	}
-	busy, _, err := w.backlog(ctx)
+	pending, _, err := w.backlog(ctx)
 	if err != nil {
 		return err
 	}
-	if busy { // the next run will see
+	if pending > 0 { // the next run will see
 		w.at.Count, w.at.Rows = last.Count, last.Rows
 		return nil
 	}
@@ -449,9 +456,7 @@ func (w *sweep) drain(ctx context.Context, all bool) error {
 			w.at.Cursor, w.at.Created = last.cursor, last.created
 		}
 		w.report.Checked[w.table] = w.at.Checked
-		if w.opts.Progress != nil {
-			w.opts.Progress(Progress{Resource: w.table, Done: w.at.Checked, Total: w.at.Total})
-		}
+		w.progress(0)
 		if time.Since(w.saved) >= w.cfg.Checkpoint {
 			if err := w.checkpoint(ctx); err != nil {
 				return err
@@ -835,5 +840,6 @@ func (c SweepConfig) withDefaults() SweepConfig {
 	c.Rechecks = cmp.Or(c.Rechecks, 3)
 	c.Checkpoint = cmp.Or(c.Checkpoint, 2*time.Second)
 	c.LeaseTTL = cmp.Or(c.LeaseTTL, 8*time.Second)
+	c.MaxPending = cmp.Or(c.MaxPending, 50_000)
 	return c
 }

@@ -3,6 +3,7 @@ package command
 import (
 	"fmt"
 	"io"
+	"strconv"
 	"time"
 
 	"github.com/schollz/progressbar/v3"
@@ -18,7 +19,8 @@ func (c *cli) backfill() *cobra.Command {
 		Short: "Fill an empty or half-filled mirror from Clerk's API",
 		Long: "backfill reads everything that Clerk has and publishes an event for what the mirror lacks. The events say that they\n" +
 			"are of a backfill, so nobody gets mail because of them. It may run while webhooks come, and an interrupted one goes on\n" +
-			"where it was. It is `usher reconcile --full`, with another origin.\n\n" +
+			"where it was. It waits for the worker while that has more than 50,000 events before it. It is `usher reconcile --full`,\n" +
+			"with another origin.\n\n" +
 			"Exit code 0: done. 1: it was stopped. 2: it could not compare.",
 		Example: "  usher backfill\n  usher backfill --resource users --resource organizations",
 		Args:    cobra.NoArgs,
@@ -58,22 +60,45 @@ func (p *sweepProgress) show(now reconciler.Progress) {
 				progressbar.OptionThrottle(50*time.Millisecond))
 		}
 	}
+	waited := p.now.Waiting > 0
 	p.now = now
 	switch {
 	case p.bar != nil:
+		if now.Waiting > 0 {
+			p.bar.Describe(now.Resource + ", " + waitingFor(now.Waiting))
+		} else if waited {
+			p.bar.Describe(now.Resource)
+		}
 		if total := max(now.Total, now.Done, 1); p.bar.GetMax64() != total {
 			p.bar.ChangeMax64(total)
 		}
 		_ = p.bar.Set64(now.Done)
-	case time.Since(p.last) >= 2*time.Second && now.Done < now.Total:
+	case time.Since(p.last) >= 2*time.Second && (now.Done < now.Total || now.Waiting > 0):
 		p.last = time.Now()
 		p.line()
 	}
 }
 
+func waitingFor(events int64) string {
+	return "waiting for the worker: " + thousands(events) + " events not yet applied"
+}
+
+// thousands writes a number as 50,123.
+func thousands(n int64) string {
+	text := strconv.FormatInt(n, 10)
+	for i := len(text) - 3; i > 0; i -= 3 {
+		text = text[:i] + "," + text[i:]
+	}
+	return text
+}
+
 func (p *sweepProgress) line() {
 	rate := float64(p.now.Done-p.first) / max(time.Since(p.began).Seconds(), 0.001)
 	_, _ = fmt.Fprintf(p.w, "%s: %d of %d, %.0f/s", p.now.Resource, p.now.Done, p.now.Total, rate)
+	if p.now.Waiting > 0 {
+		_, _ = fmt.Fprintln(p.w, ", "+waitingFor(p.now.Waiting))
+		return
+	}
 	if rest := p.now.Total - p.now.Done; rest > 0 && rate > 0 {
 		_, _ = fmt.Fprintf(p.w, ", %s left", time.Duration(float64(rest)/rate*float64(time.Second)).Round(time.Second))
 	}
