@@ -115,12 +115,12 @@ func (c *cli) say(format string, args ...any) {
 // errDeclined is the answer no of the person who was asked.
 var errDeclined = fmt.Errorf("%w: declined", errNo)
 
-// confirm asks on a terminal, and refuses where there is none and --yes was not given.
+// confirm asks on a terminal, and refuses where there is none (a question that nobody sees is not asked) and --yes was not given.
 func (c *cli) confirm(ctx context.Context, b *bulk, question string) error {
 	if b.yes {
 		return nil
 	}
-	if !isTerminal(c.env.Stdin) {
+	if !isTerminal(c.env.Stdin) || !isTerminal(c.env.Stderr) {
 		return fmt.Errorf("%s No terminal to ask at: --yes goes ahead, --dry-run changes nothing", question)
 	}
 	_, _ = fmt.Fprintf(c.env.Stderr, "%s [y/N] ", question)
@@ -198,8 +198,10 @@ func (c *cli) progress(total int, what string) *progressbar.ProgressBar {
 	if !isTerminal(c.env.Stderr) {
 		return progressbar.DefaultSilent(int64(total))
 	}
-	return progressbar.NewOptions(total, progressbar.OptionSetWriter(c.env.Stderr), progressbar.OptionSetDescription(what),
+	bar := progressbar.NewOptions(total, progressbar.OptionSetWriter(c.env.Stderr), progressbar.OptionSetDescription(what),
 		progressbar.OptionShowCount(), progressbar.OptionShowIts(), progressbar.OptionSetItsString("events"), progressbar.OptionClearOnFinish())
+	_ = bar.RenderBlank() // a slow start looks like none
+	return bar
 }
 
 // printResult prints what was done: as text, or as one JSON value.
