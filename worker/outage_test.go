@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/stretchr/testify/assert"
@@ -485,23 +486,66 @@ func TestMissingTableOfSQLiteCostsNoAttempt(t *testing.T) {
 
 func TestOutageOfTheBrokerCostsNoAttempt(t *testing.T) {
 	t.Parallel()
-	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {
-		r := newRig(t, db, worker.Config{BatchSize: 20}, nil)
-		r.ackWait(3 * time.Second) // what the broker had handed out when it went comes again after this time
-		r.work()
-		for round, away := range []time.Duration{0, time.Second, 3 * time.Second} {
-			r.send(ids(fmt.Sprintf("before_%d", round), 200)...)
-			r.nats.Stop()
-			if away > 0 {
-				r.notReady("broker")
-				<-time.After(away) // the outage itself
+	t.Run("up to three seconds", func(t *testing.T) {
+		t.Parallel()
+		dbtest.Each(t, func(t *testing.T, db *gorm.DB) {
+			r := newRig(t, db, worker.Config{BatchSize: 20}, nil)
+			r.ackWait(3 * time.Second) // what the broker had handed out when it went comes again after this time
+			r.work()
+			for round, away := range []time.Duration{0, time.Second, 3 * time.Second} {
+				r.brokerAway(fmt.Sprint(round), away)
 			}
-			r.nats.Start()
-			require.Eventually(t, r.js.Conn().IsConnected, 20*time.Second, 10*time.Millisecond)
-			r.send(ids(fmt.Sprintf("after_%d", round), 200)...)
-			r.untouched(60 * time.Second)
-		}
+		})
 	})
+	// Ten minutes are ten seconds here, and the times that such an outage passes through are a sixtieth, too: how long the broker waits
+	// for an ack (60 s) and knows an event id (72 h), the client's pings (20 s) and its pause before it dials again (250 ms and up to
+	// 500 ms), and how often the stream is cleaned (5 min). A pull (30 s) and its heartbeat (5 s) are as short as the client library
+	// takes them: 1 s and 0.5 s. Not shortened is what bounds a single piece of work (a dial, a publish, a transaction), which takes
+	// what it takes, and the pauses between probes (100 ms to 5 s), which nobody can set.
+	t.Run("ten minutes, shortened", func(t *testing.T) {
+		t.Parallel()
+		const short = 60
+		dbtest.Each(t, func(t *testing.T, db *gorm.DB) {
+			r := newRig(t, db, worker.Config{BatchSize: 20, PurgeInterval: 5 * time.Minute / short}, nil)
+			s, err := r.js.Stream(t.Context(), stream.Events)
+			require.NoError(t, err)
+			events := s.CachedInfo().Config
+			events.Duplicates = stream.DedupeWindow / short
+			_, err = r.js.UpdateStream(t.Context(), events)
+			require.NoError(t, err)
+			r.ackWait(stream.AckWait / short)
+			_, js := r.nats.Connect(nats.PingInterval(20*time.Second/short), nats.ReconnectWait(250*time.Millisecond/short),
+				nats.ReconnectJitter(100*time.Millisecond/short, 500*time.Millisecond/short))
+			r.broker = faults.NewBroker(js)
+			r.broker.Pull = []jetstream.PullMessagesOpt{jetstream.PullExpiry(time.Second), jetstream.PullHeartbeat(500 * time.Millisecond)}
+			r.js = r.broker
+			r.work()
+			r.brokerAway("long", 10*time.Minute/short)
+		})
+	})
+}
+
+// brokerAway stops the broker in the middle of work for so long, and holds the ledger to it.
+func (r *rig) brokerAway(name string, away time.Duration) {
+	r.t.Helper()
+	r.send(ids("before_"+name, 200)...)
+	r.nats.Stop()
+	if away > 0 {
+		r.notReady("broker")
+		over := time.After(away) // the outage itself
+		for waiting := true; waiting; {
+			select {
+			case <-over:
+				waiting = false
+			case <-time.After(50 * time.Millisecond):
+				require.NotEmpty(r.t, r.health.Problems(), "it does not get ready while the broker is away")
+			}
+		}
+	}
+	r.nats.Start()
+	require.Eventually(r.t, r.js.Conn().IsConnected, 20*time.Second, 10*time.Millisecond)
+	r.send(ids("after_"+name, 200)...)
+	r.untouched(60 * time.Second)
 }
 
 func TestWorkerRestartedBeforeARetryLosesNone(t *testing.T) {

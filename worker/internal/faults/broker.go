@@ -17,6 +17,8 @@ type Broker struct {
 	// AfterLetter is called once a dead letter is durable, before the worker knows; nil: nothing.
 	AfterLetter func()
 	Letters     atomic.Int64 // that were put
+	// Pull are options of the worker's subscriptions that override its own.
+	Pull []jetstream.PullMessagesOpt
 }
 
 // NewBroker wraps js.
@@ -46,7 +48,7 @@ type consumer struct {
 }
 
 func (c consumer) Messages(opts ...jetstream.PullMessagesOpt) (jetstream.MessagesContext, error) {
-	m, err := c.Consumer.Messages(opts...)
+	m, err := c.Consumer.Messages(append(opts, c.broker.Pull...)...)
 	return messages{m, c.broker}, err //nolint:wrapcheck // transparent
 }
 
