@@ -17,6 +17,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
@@ -110,8 +111,12 @@ func (p *Process) run(ctx context.Context, start func(context.Context, *Process)
 	return lifecycle.Run(ctx, ops, service)
 }
 
+// drainTime bounds the draining of the connection, which the services have flushed by then where it matters to them. A broker
+// that hangs would else hold the stop for 15 s, and a supervisor gives a process 30 s or fewer in all.
+const drainTime = 3 * time.Second
+
 // Connect opens the process's connection to the broker, which may be away, and the JetStream on it. It is drained when
-// the process's closers close: what was sent before has then reached the broker, if that is there.
+// the process's closers close: what was sent before has then reached the broker, if that answers within 3 s.
 func (p *Process) Connect() (jetstream.JetStream, error) {
 	closed := make(chan struct{})
 	nc, err := stream.Connect(p.Settings.NATSURL, p.Settings.NATSCreds, p.name, p.Log.With(zap.String("service", p.name)),
@@ -123,7 +128,12 @@ func (p *Process) Connect() (jetstream.JetStream, error) {
 		if nc.Drain() != nil { // not connected: nothing to drain
 			nc.Close()
 		}
-		<-closed
+		select {
+		case <-closed:
+		case <-time.After(drainTime):
+			nc.Close()
+			<-closed
+		}
 		return nil
 	})
 	return stream.JetStream(nc)
@@ -146,7 +156,7 @@ func load(environ config.Environ, program Program) (*config.Settings, config.Pro
 	}
 	var more config.Problems
 	if settings.NATSURL == "" {
-		more = append(more, fmt.Sprintf("USHER_NATS_URL: not set: the %s service needs a broker, such as nats://127.0.0.1:4222 (`usher dev` and `usher serve` bring their own)", program.Name))
+		more = append(more, "USHER_NATS_URL: not set: a broker is needed, such as nats://127.0.0.1:4222 (`usher dev` and `usher serve` bring their own)")
 	}
 	if program.Check != nil {
 		more = append(more, problemsOf(program.Check(settings))...)

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -222,6 +223,46 @@ func TestTheConnectionIsDrained(t *testing.T) {
 	_, err = sub.NextMsg(5 * time.Second)
 	require.NoError(t, err)
 	require.Eventually(t, func() bool { return broker.Server().NumClients() == 1 }, 15*time.Second, 5*time.Millisecond)
+}
+
+func TestABrokerThatHangsHoldsNoStop(t *testing.T) {
+	t.Parallel()
+	broker := natstest.New(t)
+	ops := freeAddr(t)
+	proxy, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	defer proxy.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	started, code := make(chan struct{}), make(chan int, 1)
+	go func() {
+		code <- process.Run(ctx, environ("USHER_NATS_URL=nats://"+proxy.Addr().String(), "USHER_OPS_ADDR="+ops), &bytes.Buffer{}, program(started))
+	}()
+	client, err := proxy.Accept()
+	require.NoError(t, err)
+	defer client.Close()
+	server, err := net.Dial("tcp", strings.TrimPrefix(broker.URL(), "nats://"))
+	require.NoError(t, err)
+	defer server.Close()
+	copied := make(chan struct{})
+	go func() {
+		defer close(copied)
+		_, _ = io.Copy(server, client) // until the process closes
+	}()
+	answers := make(chan struct{})
+	go func() {
+		defer close(answers)
+		_, _ = io.Copy(client, server) // until the server is silenced
+	}()
+	<-started
+	require.Eventually(t, func() bool { return ready(t, ops) }, 15*time.Second, 20*time.Millisecond)
+	require.NoError(t, server.SetReadDeadline(time.Now()))
+	<-answers
+	asked := time.Now()
+	cancel()
+	assert.Equal(t, process.Stopped, <-code)
+	assert.Less(t, time.Since(asked), 10*time.Second)
+	<-copied
 }
 
 func TestSignalsStopTheProcessWith0(t *testing.T) {
