@@ -3,7 +3,7 @@
 // It guarantees that nobody reads it without the admin token, and that without a token it is open to
 // this machine only: it binds to a loopback address and refuses requests that name another host, so
 // that a web page cannot reach it through a name that points to 127.0.0.1. It reads and never writes:
-// what changes the world goes through events.
+// what changes the world goes through events, such as that of a user who is asked for before the webhook came.
 package console
 
 import (
@@ -22,6 +22,7 @@ import (
 	"go.uber.org/zap"
 	"gorm.io/gorm"
 
+	"github.com/usherhq/usher/pkg/clerk"
 	"github.com/usherhq/usher/pkg/config"
 	"github.com/usherhq/usher/pkg/observe"
 	"github.com/usherhq/usher/pkg/stream"
@@ -43,11 +44,13 @@ const (
 type Config struct {
 	Addr       string // listener, host:port; port 0 takes a free one
 	AdminToken string // empty: Addr must be a loopback address
+	Source     string // that a user is looked for in where the request names none
+	Sources    []clerk.Source
 }
 
 // ConfigFrom takes the console's part of the settings.
 func ConfigFrom(s *config.Settings) Config {
-	return Config{Addr: s.ConsoleAddr, AdminToken: s.AdminToken}
+	return Config{Addr: s.ConsoleAddr, AdminToken: s.AdminToken, Source: s.Source, Sources: clerk.SourcesFrom(s)}
 }
 
 // Validate names every setting that is missing or wrong. The error is config.Problems.
@@ -76,6 +79,7 @@ type Console struct {
 	listener net.Listener
 	server   *http.Server
 	presence *stream.Presence
+	ensurer  *ensurer
 }
 
 // New listens at once, so that a taken port is an error here. The broker may be away: the check "console" in health
@@ -85,12 +89,17 @@ func New(cfg Config, deps Deps) (*Console, error) {
 		return nil, err
 	}
 	log := deps.Log.With(zap.String("service", Name))
+	ensurer, err := newEnsurer(cfg.Sources, deps, log)
+	if err != nil {
+		return nil, fmt.Errorf("start %s: %w", Name, err)
+	}
 	listener, err := net.Listen("tcp", cfg.Addr)
 	if err != nil {
+		ensurer.Close()
 		return nil, fmt.Errorf("start %s: listen: %w", Name, err)
 	}
 	c := &Console{
-		cfg: cfg, js: deps.JetStream, db: deps.DB, log: log, listener: listener,
+		cfg: cfg, js: deps.JetStream, db: deps.DB, log: log, listener: listener, ensurer: ensurer,
 		presence: stream.NewPresence(deps.JetStream.Conn(), deps.JetStream, log, stream.Events, stream.DeadLetters),
 	}
 	c.server = &http.Server{
@@ -108,8 +117,11 @@ func (c *Console) Name() string { return Name }
 // Addr is where the console listens.
 func (c *Console) Addr() string { return c.listener.Addr().String() }
 
-// Close gives the listener back. It may be called after Run, and more than once.
-func (c *Console) Close() { _ = c.listener.Close() }
+// Close gives back what New opened. It may be called after Run, and more than once.
+func (c *Console) Close() {
+	_ = c.listener.Close()
+	c.ensurer.Close()
+}
 
 // Run serves until ctx is done, then lets requests in flight finish for five seconds.
 func (c *Console) Run(ctx context.Context) error {

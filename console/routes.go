@@ -26,6 +26,8 @@ func (c *Console) routes() http.Handler {
 	})
 	mux.HandleFunc("GET /api/consumers", c.consumers)
 	mux.HandleFunc("/api/consumers", notAllowed)
+	mux.HandleFunc("GET /api/users/{id}/ensure", c.ensureUser)
+	mux.HandleFunc("/api/users/{id}/ensure", notAllowed)
 	mux.HandleFunc("/api/", func(w http.ResponseWriter, _ *http.Request) {
 		writeError(w, http.StatusNotFound, "not_found", "there is no such resource")
 	})

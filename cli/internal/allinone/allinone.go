@@ -22,6 +22,7 @@ import (
 
 	"github.com/usherhq/usher/console"
 	"github.com/usherhq/usher/ingest"
+	"github.com/usherhq/usher/pkg/clerk"
 	"github.com/usherhq/usher/pkg/config"
 	"github.com/usherhq/usher/pkg/database"
 	"github.com/usherhq/usher/pkg/lifecycle"
@@ -251,7 +252,11 @@ func (i *Instance) open(b brokerAccess) error {
 	if err != nil {
 		return err
 	}
-	con, err := console.New(console.ConfigFrom(s), console.Deps{JetStream: conJS, DB: i.DB, Log: log, Registerer: i.Registry, Health: i.Health})
+	conConfig := console.ConfigFrom(s)
+	if i.cfg.ClerkSecretKey != "" { // the emulated one, which has no limits
+		conConfig.Sources = []clerk.Source{{Name: s.Source, APIURL: i.cfg.ClerkAPIURL, SecretKey: i.cfg.ClerkSecretKey, Quota: -1}}
+	}
+	con, err := console.New(conConfig, console.Deps{JetStream: conJS, DB: i.DB, Log: log, Registerer: i.Registry, Health: i.Health})
 	if err != nil {
 		return err
 	}
