@@ -19,6 +19,7 @@ FUZZTIME  ?= 10s
 BENCH     ?= .
 KILLS     ?= 100
 OUTAGE    ?= 2m
+USERS     ?= 100000
 
 .PHONY: help
 help: ## print this list
@@ -91,6 +92,11 @@ chaos: ## kill, stop and flood for long: KILLS (100) in each run, OUTAGE (2m) of
 	USHER_CHAOS_KILLS=$(KILLS) USHER_E2E_KILLS=$(KILLS) USHER_CHAOS_OUTAGE=$(OUTAGE) go test -count=1 -p 1 -timeout 60m -v \
 		-run 'Killed|OutagesUnderLoad' ./cli/e2e/
 	go test -count=1 -timeout 30m -v -run 'Flood|Outage|Deadlock|DiskFull' ./worker/ | grep -vE '^\s+logger.go'
+
+.PHONY: backfill
+backfill: ## backfill USERS (100000) users within production limits, killed four times on the way, on both databases
+	@./scripts/need postgres
+	USHER_TEST_BACKFILL=$(USERS) go test -count=1 -parallel 1 -timeout 30m -v -run BackfillThatIsKilled ./cli/e2e/
 
 .PHONY: demo
 demo: ## let an offline Clerk tell its story, and print the ledger
