@@ -71,9 +71,9 @@ func newEnsurer(sources []clerk.Source, deps Deps, log *zap.Logger) (*ensurer, e
 	}
 	e.base, e.close = context.WithCancel(context.Background())
 	for _, s := range sources {
-		client, err := clerk.New(clerk.Config{BaseURL: s.APIURL, SecretKey: s.SecretKey, Quota: s.Quota, Share: ensureShare, Log: log})
+		client, err := s.Client(clerk.Config{Share: ensureShare, Log: log})
 		if err != nil {
-			return nil, fmt.Errorf("source %s: %w", s.Name, err)
+			return nil, err
 		}
 		e.sources[s.Name] = &reader{s, client}
 	}

@@ -13,6 +13,7 @@ import (
 	"go.uber.org/zap"
 	"gorm.io/gorm"
 
+	"github.com/usherhq/usher/pkg/clerk"
 	"github.com/usherhq/usher/pkg/database"
 	"github.com/usherhq/usher/pkg/dbtest"
 	"github.com/usherhq/usher/pkg/emulator"
@@ -89,7 +90,7 @@ func verifyChild() {
 	if err != nil {
 		panic(err)
 	}
-	client, err := reconciler.Source{Name: "clerk", APIURL: os.Getenv("CHILD_API"), SecretKey: key, Quota: -1}.Client(zap.NewNop(), reconciler.NewMetrics(nil))
+	client, err := reconciler.Client(clerk.Source{Name: "clerk", APIURL: os.Getenv("CHILD_API"), SecretKey: key, Quota: -1}, zap.NewNop(), reconciler.NewMetrics(nil))
 	if err != nil {
 		panic(err)
 	}

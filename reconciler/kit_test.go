@@ -51,15 +51,15 @@ func (w *world) serve(cfg emulator.APIConfig) {
 	w.t.Cleanup(w.server.Close)
 }
 
-func (w *world) source() reconciler.Source {
-	return reconciler.Source{Name: "clerk", APIURL: w.server.URL + "/v1", SecretKey: key, Quota: -1}
+func (w *world) source() clerk.Source {
+	return clerk.Source{Name: "clerk", APIURL: w.server.URL + "/v1", SecretKey: key, Quota: -1}
 }
 
 // sweeper is one as a process has it.
 func (w *world) sweeper(change ...func(*reconciler.SweepConfig)) *reconciler.Sweeper {
 	w.t.Helper()
 	metrics := reconciler.NewMetrics(nil)
-	client, err := w.source().Client(zap.NewNop(), metrics)
+	client, err := reconciler.Client(w.source(), zap.NewNop(), metrics)
 	require.NoError(w.t, err)
 	w.t.Cleanup(client.Close)
 	return w.sweeperOf(client, change...)
@@ -68,7 +68,7 @@ func (w *world) sweeper(change ...func(*reconciler.SweepConfig)) *reconciler.Swe
 // loggingSweeper is one whose log is looked at.
 func (w *world) loggingSweeper(log *zap.Logger, change ...func(*reconciler.SweepConfig)) *reconciler.Sweeper {
 	w.t.Helper()
-	client, err := w.source().Client(zap.NewNop(), reconciler.NewMetrics(nil))
+	client, err := reconciler.Client(w.source(), zap.NewNop(), reconciler.NewMetrics(nil))
 	require.NoError(w.t, err)
 	w.t.Cleanup(client.Close)
 	return w.build(client, log, change...)

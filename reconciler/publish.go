@@ -3,11 +3,9 @@ package reconciler
 import (
 	"context"
 	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"strconv"
 	"time"
 
 	"github.com/cenkalti/backoff/v4"
@@ -76,33 +74,10 @@ func (w *sweep) driftOf(c *candidate) drift {
 	sum := sha256.Sum256(content)
 	d.identity = fmt.Appendf(nil, "%s\x00%s\x00%s\x00%d\x00%s\x00%x", w.cfg.Source, w.table, d.id, version, d.drift, sum)
 
-	body := make([]byte, 0, len(data)+160)
-	body = append(append(body, `{"data":`...), data...)
-	if w.cfg.InstanceID != "" {
-		instance, _ := json.Marshal(w.cfg.InstanceID) // cannot fail
-		body = append(append(body, `,"instance_id":`...), instance...)
-	}
-	body = append(body, `,"object":"event","timestamp":`...)
-	body = strconv.AppendInt(body, at, 10)
-	body = append(append(body, `,"type":"`...), typ...)
-	body = append(body, `"}`...)
-	e, err := event.Decode(body)
-	if err != nil { // no object of Clerk's reads like this; the worker would dead-letter it and say why
-		e = event.Event{Raw: body, Type: event.Type(typ)}
-	}
+	e := event.Compose(event.Type(typ), data, w.cfg.InstanceID, time.UnixMilli(at))
 	e.Source, e.Origin, e.ReceivedAt = w.cfg.Source, w.origin, time.Now().UTC()
 	d.event = e
 	return d
-}
-
-// name hashes what an event corrects. generation tells apart events that were applied and whose drift came back.
-func (d *drift) name(generation int) string {
-	h := sha256.New()
-	_, _ = h.Write(d.identity)
-	if generation > 0 {
-		_, _ = fmt.Fprintf(h, "\x00%d", generation)
-	}
-	return "rec_" + hex.EncodeToString(h.Sum(nil)[:16])
 }
 
 // publish stores the events of drifts and returns once all are on disk.
@@ -239,7 +214,7 @@ func (w *sweep) name(ctx context.Context, drifts []drift) error {
 	for generation := 0; len(open) > 0; generation++ {
 		ids := make([]string, len(open))
 		for i, d := range open {
-			ids[i] = d.name(generation)
+			ids[i] = event.ReconciledID(d.identity, generation)
 			d.event.ID = ids[i]
 		}
 		applied, err := w.books.settled(ctx, ids, "processed")

@@ -41,11 +41,11 @@ const Name = "reconciler"
 type Config struct {
 	Replicas int // of the event stream (1)
 
-	Sources      []Source      // without a key nothing is swept
-	Interval     time.Duration // between incremental sweeps (10 min)
-	FullInterval time.Duration // between full sweeps (24 h)
-	SilenceAfter time.Duration // Clerk moving on without an event for so long is an alert (15 min)
-	SilenceEvery time.Duration // between two looks for it (1 min, or a fifth of SilenceAfter where that is less)
+	Sources      []clerk.Source // without a key nothing is swept
+	Interval     time.Duration  // between incremental sweeps (10 min)
+	FullInterval time.Duration  // between full sweeps (24 h)
+	SilenceAfter time.Duration  // Clerk moving on without an event for so long is an alert (15 min)
+	SilenceEvery time.Duration  // between two looks for it (1 min, or a fifth of SilenceAfter where that is less)
 	// SilenceRepeat is between two alerts of one silence (24 h: four before Svix gives up on an endpoint).
 	SilenceRepeat time.Duration
 	Alerts        outbox.Alerts // where alerts go
@@ -54,42 +54,20 @@ type Config struct {
 	Sweep SweepConfig // but for its source
 }
 
-// Source is one Clerk instance to read.
-type Source struct {
-	Name       string
-	APIURL     string
-	SecretKey  string
-	InstanceID string // may be empty
-	Quota      int    // as in clerk.Config
-}
-
 // ConfigFrom takes the reconciler's part of the settings.
 func ConfigFrom(s *config.Settings) Config {
-	c := Config{
-		Replicas: s.StreamReplicas,
+	return Config{
+		Replicas: s.StreamReplicas, Sources: clerk.SourcesFrom(s),
 		Interval: s.ReconcileInterval, FullInterval: s.ReconcileFullInterval, SilenceAfter: s.SilenceAfter,
 		Alerts: outbox.Alerts{Email: s.AlertEmail, Mail: s.SMTPURL != "", Slack: s.SlackWebhookURL != ""},
 	}
-	for _, source := range s.Sources {
-		if source.SecretKey != "" {
-			c.Sources = append(c.Sources, Source{Name: source.Name, APIURL: s.ClerkAPIURL, SecretKey: source.SecretKey, InstanceID: source.InstanceID})
-		}
-	}
-	return c
 }
 
 // Client opens the API of a source, whose requests metrics count.
-func (s Source) Client(log *zap.Logger, metrics *Metrics) (*clerk.Client, error) {
+func Client(s clerk.Source, log *zap.Logger, metrics *Metrics) (*clerk.Client, error) {
 	transport := http.DefaultTransport.(*http.Transport).Clone()
 	transport.MaxIdleConnsPerHost = getters * 2
-	c, err := clerk.New(clerk.Config{
-		BaseURL: s.APIURL, SecretKey: s.SecretKey, Quota: s.Quota, Log: log,
-		HTTPClient: &http.Client{Transport: metrics.Transport(transport), Timeout: requestTimeout},
-	})
-	if err != nil {
-		return nil, fmt.Errorf("source %s: %w", s.Name, err)
-	}
-	return c, nil
+	return s.Client(clerk.Config{Log: log, HTTPClient: &http.Client{Transport: metrics.Transport(transport), Timeout: requestTimeout}})
 }
 
 const requestTimeout = 20 * time.Second
@@ -117,7 +95,7 @@ type Reconciler struct {
 }
 
 type source struct {
-	Source
+	clerk.Source
 	client  *clerk.Client
 	sweeper *Sweeper
 	retry   time.Time // no run before, after one that failed
@@ -140,7 +118,7 @@ func New(cfg Config, deps Deps) (*Reconciler, error) {
 		presence: stream.NewPresence(js.Conn(), js, log, stream.Events, "KV_"+stream.Leases),
 	}
 	for _, s := range cfg.Sources {
-		client, err := s.Client(log, r.metrics)
+		client, err := Client(s, log, r.metrics)
 		if err != nil {
 			return nil, fmt.Errorf("start %s: %w", Name, err)
 		}

@@ -21,6 +21,7 @@ import (
 	"go.uber.org/zap/zaptest/observer"
 	"gorm.io/gorm"
 
+	"github.com/usherhq/usher/pkg/clerk"
 	"github.com/usherhq/usher/pkg/database"
 	"github.com/usherhq/usher/pkg/dbtest"
 	"github.com/usherhq/usher/pkg/emulator"
@@ -47,7 +48,7 @@ func child() {
 	}
 	r, err := reconciler.New(reconciler.Config{
 		Poll:    100 * time.Millisecond,
-		Sources: []reconciler.Source{{Name: "clerk", APIURL: os.Getenv("CHILD_API"), SecretKey: key, Quota: -1}},
+		Sources: []clerk.Source{{Name: "clerk", APIURL: os.Getenv("CHILD_API"), SecretKey: key, Quota: -1}},
 		Sweep:   reconciler.SweepConfig{Pause: 10 * time.Millisecond, Checkpoint: time.Millisecond},
 	}, reconciler.Deps{JetStream: js, DB: db, Log: zap.NewNop(), Health: &observe.Health{}})
 	if err != nil {
@@ -110,7 +111,7 @@ func (w *world) watcher(change func(*reconciler.Config)) (logs *observer.Observe
 	core, logs := observer.New(zapcore.WarnLevel)
 	reg = prometheus.NewRegistry()
 	cfg := reconciler.Config{
-		Sources: []reconciler.Source{w.source()}, Poll: 20 * time.Millisecond, Interval: time.Hour, SilenceAfter: 300 * time.Millisecond, SilenceEvery: 30 * time.Millisecond,
+		Sources: []clerk.Source{w.source()}, Poll: 20 * time.Millisecond, Interval: time.Hour, SilenceAfter: 300 * time.Millisecond, SilenceEvery: 30 * time.Millisecond,
 		Sweep: reconciler.SweepConfig{Pause: 10 * time.Millisecond, LeaseTTL: time.Second},
 	}
 	if change != nil {

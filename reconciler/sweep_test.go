@@ -137,7 +137,7 @@ func TestNeverAWrongDelete(t *testing.T) {
 				source.SecretKey = test.key
 			}
 			metrics := reconciler.NewMetrics(nil)
-			client, err := source.Client(nil, metrics)
+			client, err := reconciler.Client(source, nil, metrics)
 			require.NoError(t, err)
 			defer client.Close()
 			if len(test.moods) > 0 {

@@ -1,6 +1,10 @@
 package clerk
 
-import "github.com/usherhq/usher/pkg/config"
+import (
+	"fmt"
+
+	"github.com/usherhq/usher/pkg/config"
+)
 
 // Source is one Clerk instance that Usher may read.
 type Source struct {
@@ -20,4 +24,14 @@ func SourcesFrom(s *config.Settings) []Source {
 		}
 	}
 	return sources
+}
+
+// Client opens the API of the source; of cfg, what the source says is replaced. The error names the source.
+func (s Source) Client(cfg Config) (*Client, error) {
+	cfg.BaseURL, cfg.SecretKey, cfg.Quota = s.APIURL, s.SecretKey, s.Quota
+	c, err := New(cfg)
+	if err != nil {
+		return nil, fmt.Errorf("source %s: %w", s.Name, err)
+	}
+	return c, nil
 }

@@ -117,7 +117,7 @@ func (c *cli) sweeper(ctx context.Context, o reconcileOptions, publishes bool) (
 		log = log.WithOptions(zap.IncreaseLevel(zap.ErrorLevel))
 	}
 	metrics := reconciler.NewMetrics(nil)
-	client, err := source.Client(log, metrics)
+	client, err := reconciler.Client(source, log, metrics)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -140,14 +140,14 @@ func (c *cli) sweeper(ctx context.Context, o reconcileOptions, publishes bool) (
 }
 
 // source finds the Clerk instance to read: the emulated one of a running demo, else that of the settings.
-func (r *reach) source(name string) (reconciler.Source, error) {
+func (r *reach) source(name string) (clerk.Source, error) {
 	name = cmp.Or(name, r.settings.Source)
 	i := slices.IndexFunc(r.settings.Sources, func(s config.Source) bool { return s.Name == name })
 	if i < 0 {
-		return reconciler.Source{}, fmt.Errorf("--from %s: there is no such source", name)
+		return clerk.Source{}, fmt.Errorf("--from %s: there is no such source", name)
 	}
 	s := r.settings.Sources[i]
-	source := reconciler.Source{Name: name, APIURL: r.settings.ClerkAPIURL, SecretKey: s.SecretKey, InstanceID: s.InstanceID}
+	source := clerk.Source{Name: name, APIURL: r.settings.ClerkAPIURL, SecretKey: s.SecretKey, InstanceID: s.InstanceID}
 	if name == r.settings.Source && r.stateErr == nil && r.state.ClerkSecretKey != "" && !r.given("USHER_NATS_URL") {
 		source.APIURL, source.SecretKey, source.Quota = r.state.ClerkAPIURL, r.state.ClerkSecretKey, -1 // an emulator has no other callers
 		return source, nil
