@@ -185,7 +185,8 @@ var (
 	schemaRE = regexp.MustCompile(`^[a-z_][a-z0-9_]{0,62}$`)
 )
 
-// Load reads the settings from environ; flags, by setting name, override it. The error is Problems.
+// Load reads the settings from environ; flags, by setting name, override it. The error is Problems; the settings are then those
+// that could be read, the others as if they were not set, so that a caller can look for what is wrong by rules of its own.
 func Load(environ Environ, flags map[string]string) (*Settings, error) {
 	s := &Settings{origins: map[string]string{}}
 	var problems Problems
@@ -209,15 +210,12 @@ func Load(environ Environ, flags map[string]string) (*Settings, error) {
 			s.origins[key] = "default"
 			return "", false
 		}
-		one := reflect.New(reflect.StructOf([]reflect.StructField{{Name: field.Name, Type: field.Type, Tag: field.Tag}}))
-		err := envconfig.ProcessWith(context.Background(), &envconfig.Config{
-			Target: one.Interface(), Lookuper: lookuper(lookup), DefaultNoInit: true,
-		})
+		value, err := decode(field, lookup)
 		if err != nil {
 			problems = append(problems, fmt.Sprintf("%s: %s", name, strings.TrimPrefix(err.Error(), field.Name+": ")))
-			continue
+			value, _ = decode(field, func(string) (string, bool) { return "", false }) // and no rule finds it wrong again
 		}
-		v.Field(i).Set(one.Elem().Field(0))
+		v.Field(i).Set(value)
 	}
 	if s.DatabaseURL == "" {
 		switch {
@@ -230,9 +228,18 @@ func Load(environ Environ, flags map[string]string) (*Settings, error) {
 	problems = append(problems, s.loadSources(environ)...)
 	problems = append(problems, s.validate()...)
 	if len(problems) > 0 {
-		return nil, problems
+		return s, problems
 	}
 	return s, nil
+}
+
+// decode reads one field, its default where lookup has nothing.
+func decode(field reflect.StructField, lookup Lookup) (reflect.Value, error) {
+	one := reflect.New(reflect.StructOf([]reflect.StructField{{Name: field.Name, Type: field.Type, Tag: field.Tag}}))
+	err := envconfig.ProcessWith(context.Background(), &envconfig.Config{
+		Target: one.Interface(), Lookuper: lookuper(lookup), DefaultNoInit: true,
+	})
+	return one.Elem().Field(0), err //nolint:wrapcheck // Load says of what
 }
 
 type lookuper Lookup
@@ -297,6 +304,16 @@ func (s *Settings) validate() Problems {
 	for name, value := range map[string]string{"CLERK_API_URL": s.ClerkAPIURL, "USHER_SLACK_WEBHOOK_URL": s.SlackWebhookURL} {
 		if u, err := url.Parse(value); value != "" && (err != nil || u.Host == "" || !strings.HasPrefix(u.Scheme, "http")) {
 			bad(name, "not an http(s) URL")
+		}
+	}
+	for address := range strings.SplitSeq(s.NATSURL, ",") { // what the client takes: several, with or without a scheme
+		if !strings.Contains(address, "://") {
+			address = "nats://" + address
+		}
+		u, err := url.Parse(strings.TrimSpace(address))
+		if s.NATSURL != "" && (err != nil || u.Hostname() == "" || !slices.Contains([]string{"nats", "tls", "ws", "wss"}, u.Scheme)) {
+			bad("USHER_NATS_URL", "not nats://host:port, nor several of them with commas between")
+			break
 		}
 	}
 	if !strings.HasPrefix(s.DatabaseURL, "postgres://") && !strings.HasPrefix(s.DatabaseURL, "postgresql://") &&

@@ -35,6 +35,27 @@ func TestEveryProblemIsReported(t *testing.T) {
 	assert.NotContains(t, err.Error(), "sk_test_abc")
 }
 
+func TestASettingIsComplainedOfOnce(t *testing.T) {
+	s, err := Load(Environ{"USHER_RETENTION=soon", "USHER_NATS_URL=nats://[hush", "USHER_INGEST_ADDR=:1"}, nil)
+	var problems Problems
+	require.ErrorAs(t, err, &problems)
+	assert.Len(t, problems, 2)
+	assert.NotContains(t, err.Error(), "hush")
+	assert.Equal(t, "720h0m0s", s.Retention.String(), "as if it were not set")
+	assert.Equal(t, ":1", s.IngestAddr)
+}
+
+func TestAddressesOfTheBroker(t *testing.T) {
+	for _, good := range []string{"", "nats://h:4222", "h:4222", "nats://u:p@h", "tls://a:1, tls://b:2", "wss://h"} {
+		_, err := Load(Environ{"USHER_NATS_URL=" + good}, nil)
+		require.NoError(t, err, "%q", good)
+	}
+	for _, bad := range []string{"nats://", "nats://[x", "http://h", ",", "nats://a,,nats://b", "postgres://h"} {
+		_, err := Load(Environ{"USHER_NATS_URL=" + bad}, nil)
+		require.ErrorContains(t, err, "USHER_NATS_URL", "%q", bad)
+	}
+}
+
 func TestSigningSecrets(t *testing.T) {
 	for _, bad := range []string{"whsec_", "whsec_YWJj\n", "whsec_not base64", "sk_test_abc", secret + ",", ",", " "} {
 		_, err := Load(Environ{"CLERK_WEBHOOK_SIGNING_SECRET=" + bad}, nil)

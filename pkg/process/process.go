@@ -144,12 +144,6 @@ func (p *Process) Connect() (jetstream.JetStream, error) {
 func load(environ config.Environ, program Program) (*config.Settings, config.Problems) {
 	settings, err := config.Load(environ, nil)
 	problems := problemsOf(err)
-	if settings == nil { // what is wrong counts as not set, so that the rest can be looked at too
-		settings, _ = config.Load(without(environ, problems), nil)
-	}
-	if settings == nil {
-		return nil, problems
-	}
 	named := map[string]bool{}
 	for _, line := range problems {
 		named[setting(line)] = true
@@ -184,18 +178,4 @@ func problemsOf(err error) config.Problems {
 func setting(line string) string {
 	name, _, _ := strings.Cut(line, ":")
 	return name
-}
-
-// without leaves out the variables that problems name.
-func without(environ config.Environ, problems config.Problems) config.Environ {
-	return slices.DeleteFunc(slices.Clone(environ), func(entry string) bool {
-		variable, _, _ := strings.Cut(entry, "=")
-		return slices.ContainsFunc(problems, func(line string) bool {
-			name := setting(line)
-			if prefix, all := strings.CutSuffix(name, "…"); all { // every variable of a source
-				return strings.HasPrefix(variable, prefix)
-			}
-			return variable == name || name == "USHER_DATABASE_URL" && variable == "DATABASE_URL" // stands in for it
-		})
-	})
 }

@@ -131,7 +131,7 @@ func TestWhatFailsExitsWith1AndIsClosedInReverse(t *testing.T) {
 		"the service":         {environ(), nil, broken, nil, []string{"second", "first"}},
 		"a closer":            {environ(), nil, broken, broken, []string{"second", "first"}},
 		"a port that is used": {environ("USHER_OPS_ADDR=" + taken.Addr().String()), nil, nil, nil, nil},
-		"a broker's URL":      {environ("USHER_NATS_URL=nats://[x"), nil, nil, nil, nil},
+		"the credentials":     {environ("USHER_NATS_CREDS=/nowhere/creds"), nil, nil, nil, nil},
 	} {
 		var closed []string
 		code := process.Run(t.Context(), c.environ, &bytes.Buffer{}, process.Program{
