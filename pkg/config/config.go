@@ -239,7 +239,7 @@ func decode(field reflect.StructField, lookup Lookup) (reflect.Value, error) {
 	err := envconfig.ProcessWith(context.Background(), &envconfig.Config{
 		Target: one.Interface(), Lookuper: lookuper(lookup), DefaultNoInit: true,
 	})
-	return one.Elem().Field(0), err //nolint:wrapcheck // Load says of what
+	return one.Elem().Field(0), err
 }
 
 type lookuper Lookup

@@ -81,7 +81,7 @@ func TestSetupThatCannotCheckIsWrongUse(t *testing.T) {
 	}{
 		"nothing runs":       {nil, "no running `usher dev` or `usher serve`"},
 		"broker away":        {[]string{"USHER_NATS_URL=nats://joe:hunter2@127.0.0.1:1"}, "no broker answers at 127.0.0.1:1"},
-		"broker's URL wrong": {[]string{"USHER_NATS_URL=nats://joe:hun%zzter2@127.0.0.1:1"}, "127.0.0.1:1"},
+		"broker's URL wrong": {[]string{"USHER_NATS_URL=nats://joe:hun%zzter2@127.0.0.1:1"}, "USHER_NATS_URL: not nats://host:port"},
 		"database away":      {[]string{"USHER_NATS_URL=" + srv.URL(), "USHER_DATABASE_URL=postgres://joe:hunter2@127.0.0.1:1/x"}, "no PostgreSQL answers"},
 		"broker too small":   {[]string{"USHER_NATS_URL=" + srv.URL(), "USHER_STREAM_MAX_BYTES=1TiB"}, "USHER_STREAM_MAX_BYTES"},
 		"database unusable":  {[]string{"USHER_NATS_URL=" + srv.URL(), "USHER_DATABASE_URL=sqlite:" + file + "/usher.db"}, file},
