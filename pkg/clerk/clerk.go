@@ -61,7 +61,7 @@ const (
 
 // Config describes how an instance is read. Its zero values are documented defaults, but for SecretKey.
 type Config struct {
-	BaseURL   string // with its version, default DefaultBaseURL
+	BaseURL   string // default DefaultBaseURL; one without a path, as Clerk's own libraries take it, gets "/v1"
 	SecretKey string // sk_…
 	// Quota is how many requests the instance is allowed in 10 s, by all who have its key: 0 is 1000 for a key of
 	// production (sk_live_), else 100. Below 0 nothing is limited, which is for an emulator.
@@ -93,7 +93,11 @@ func New(cfg Config) (*Client, error) {
 	base := strings.TrimRight(cmp.Or(cfg.BaseURL, DefaultBaseURL), "/")
 	share := cmp.Or(cfg.Share, DefaultShare)
 	var problems []error
-	if u, err := url.Parse(base); err != nil || (u.Scheme != "http" && u.Scheme != "https") || u.Host == "" || u.RawQuery != "" {
+	u, err := url.Parse(base)
+	if err == nil && u.Path == "" {
+		base += "/v1"
+	}
+	if err != nil || (u.Scheme != "http" && u.Scheme != "https") || u.Host == "" || u.RawQuery != "" {
 		problems = append(problems, errors.New("API URL: want http://… or https://… with a path such as /v1"))
 	}
 	switch {
@@ -110,7 +114,7 @@ func New(cfg Config) (*Client, error) {
 		problems = append(problems, fmt.Errorf("share %v: want above 0 to 1", share))
 	}
 	m, err := newMetrics(cfg.Registerer)
-	if err := errors.Join(append(problems, err)...); err != nil {
+	if err = errors.Join(append(problems, err)...); err != nil {
 		return nil, fmt.Errorf("configure Clerk's API: %w", err)
 	}
 	c := &Client{base: base, key: cfg.SecretKey, log: cfg.Log, metrics: m, limiter: newLimiter(cfg.Quota, share, cfg.SecretKey)}

@@ -3,6 +3,7 @@ package clerk_test
 import (
 	"context"
 	"net/http/httptest"
+	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -110,5 +111,15 @@ func TestEveryResourceIsReadWhole(t *testing.T) {
 			require.NoError(t, err)
 			require.EqualValues(t, len(want), n)
 		})
+	}
+}
+
+func TestAnAddressWithoutAVersionGetsOne(t *testing.T) {
+	t.Parallel()
+	w := serve(t, told(3), emulator.APIConfig{})
+	for _, address := range []string{w.url, w.url + "/", strings.TrimSuffix(w.url, "/v1"), strings.TrimSuffix(w.url, "v1")} {
+		n, err := w.reader(t, func(c *clerk.Config) { c.BaseURL = address }).Count(t.Context(), "users")
+		require.NoError(t, err, address)
+		require.Positive(t, n)
 	}
 }

@@ -27,7 +27,7 @@ import (
 type Settings struct {
 	WebhookSigningSecret Secrets `env:"CLERK_WEBHOOK_SIGNING_SECRET" secret:"true" doc:"signing secrets of the default source, comma-separated (rotation); ingest refuses to start without one"`
 	ClerkSecretKey       string  `env:"CLERK_SECRET_KEY" secret:"true" doc:"Backend API key of the default source"`
-	ClerkAPIURL          string  `env:"CLERK_API_URL, default=https://api.clerk.com/v1" doc:"base URL of Clerk's Backend API"`
+	ClerkAPIURL          string  `env:"CLERK_API_URL, default=https://api.clerk.com/v1" doc:"base URL of Clerk's Backend API; without a path, /v1 is added"`
 	ClerkInstanceID      string  `env:"CLERK_INSTANCE_ID" doc:"events of another Clerk instance are dead-lettered; unset: not checked"`
 	Source               string  `env:"USHER_SOURCE, default=clerk" doc:"name of the default source"`
 

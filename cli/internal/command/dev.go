@@ -97,7 +97,11 @@ func (c *cli) runDev(ctx context.Context, o devOptions) (err error) {
 				return err
 			}
 		}
-		_, _ = fmt.Fprintf(info, "Try `usher trigger user.created`, `usher verify` and `usher events list` in another terminal. Stop with Ctrl-C (process %d).\n", os.Getpid())
+		verify := ""
+		if o.demo || settings.ClerkSecretKey != "" { // else there is no Clerk to compare with
+			verify = ", `usher verify`"
+		}
+		_, _ = fmt.Fprintf(info, "Try `usher trigger user.created`%s and `usher events list` in another terminal. Stop with Ctrl-C (process %d).\n", verify, os.Getpid())
 		<-ctx.Done()
 		return nil
 	})
