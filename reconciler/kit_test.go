@@ -45,6 +45,11 @@ func newWorld(t *testing.T, db *gorm.DB, cfg emulator.APIConfig) *world {
 // serve opens an API, in place of the one before.
 func (w *world) serve(cfg emulator.APIConfig) {
 	w.t.Helper()
+	w.serveTo(key, cfg)
+}
+
+func (w *world) serveTo(key string, cfg emulator.APIConfig) {
+	w.t.Helper()
 	cfg.Key = key
 	w.api = w.clerk.API(cfg)
 	w.server = httptest.NewServer(w.api)
@@ -141,18 +146,23 @@ func (w *world) settle() []event.Event {
 		batch, err := consumer.FetchNoWait(500)
 		require.NoError(w.t, err)
 		var events []event.Event
+		var messages []jetstream.Msg
 		for msg := range batch.Messages() {
 			meta, err := msg.Metadata()
 			require.NoError(w.t, err)
 			e, err := stream.Parse(msg.Headers(), msg.Data(), meta.Sequence.Stream)
 			require.NoError(w.t, err)
 			events = append(events, e)
-			require.NoError(w.t, msg.DoubleAck(w.t.Context()))
+			messages = append(messages, msg)
 		}
 		if len(events) == 0 {
 			return applied
 		}
 		require.NoError(w.t, apply(w.t.Context(), w.db, events))
+		for _, msg := range messages[1:] {
+			require.NoError(w.t, msg.Ack())
+		}
+		require.NoError(w.t, messages[0].DoubleAck(w.t.Context())) // acks are taken in their order
 		applied = append(applied, events...)
 	}
 }

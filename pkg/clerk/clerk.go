@@ -134,8 +134,8 @@ func New(cfg Config) (*Client, error) {
 	return c, nil
 }
 
-// newLimiter spreads the allowed requests evenly. One is held back, so that any ten seconds, however they
-// are cut, stay within the share.
+// newLimiter spreads the allowed requests evenly. One in fifty is held back, and at least one, so that any ten seconds, however they
+// are cut, stay within the share, also where requests arrive less evenly than they left.
 func newLimiter(quota int, share float64, key string) *rate.Limiter {
 	if quota < 0 {
 		return rate.NewLimiter(rate.Inf, 1)
@@ -147,7 +147,7 @@ func newLimiter(quota int, share float64, key string) *rate.Limiter {
 		}
 	}
 	allowed := float64(quota) * share
-	return rate.NewLimiter(rate.Limit(max(allowed-1, allowed/2)/quotaWindow.Seconds()), 1)
+	return rate.NewLimiter(rate.Limit(max(allowed-max(1, allowed/50), allowed/2)/quotaWindow.Seconds()), 1)
 }
 
 // Close closes the connections that are idle. The client can still be used.
