@@ -21,11 +21,12 @@ import (
 )
 
 // TestFloodOfFailingEventsLeavesHealthyOnesAlone: 20,000 events (fewer under the race detector) fail at every attempt and come again and again, while a
-// healthy event comes now and then. The flood ends when its cause does, and nothing of it is lost.
+// healthy event comes now and then, some of them within the flood. The flood ends when its cause does, and nothing of it is lost.
 func TestFloodOfFailingEventsLeavesHealthyOnesAlone(t *testing.T) {
 	// One at a time and parallel with nobody, since it measures time; only the waiting at the end is done together.
 	var measuring sync.Mutex
 	const limit = 2 * time.Second
+	const within = 20 // healthy ones in the midst of the flood
 	for name, open := range map[string]func(testing.TB) *gorm.DB{"postgres": dbtest.Postgres, "sqlite": dbtest.SQLite} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -41,12 +42,16 @@ func TestFloodOfFailingEventsLeavesHealthyOnesAlone(t *testing.T) {
 			done := sync.OnceFunc(measuring.Unlock)
 			defer done()
 			started := time.Now()
-			r.send(ids("bad", flood)...)
+			burst := ids("bad", flood)
+			for i := range within {
+				burst[(2*i+1)*flood/(2*within)] = fmt.Sprintf("within_%d", i)
+			}
+			r.send(burst...)
 			arrived := time.Since(started)
 			tail := r.latency("tail")
 			require.Eventually(t, func() bool { // all are in the worker's hands or wait for another try
 				c, err := r.js.Consumer(t.Context(), stream.Events, "effects")
-				return err == nil && c.CachedInfo().NumPending == 0 && c.CachedInfo().NumAckPending >= flood
+				return err == nil && c.CachedInfo().NumPending == 0 && c.CachedInfo().NumAckPending >= flood-within
 			}, 60*time.Second, 20*time.Millisecond)
 			taken := time.Since(started)
 			var worst time.Duration
@@ -60,6 +65,15 @@ func TestFloodOfFailingEventsLeavesHealthyOnesAlone(t *testing.T) {
 			assert.Less(t, worst, limit)
 			t.Logf("%d events in %s, all taken after %s; a healthy event behind them took %s, while they were retried at most %s; %.2f processors",
 				flood, arrived.Round(time.Millisecond), taken.Round(time.Millisecond), tail.Round(time.Millisecond), worst.Round(time.Millisecond), busy)
+			var midst []struct{ ReceivedAt, ProcessedAt time.Time }
+			require.NoError(t, r.db.Table("deliveries").Where("event_id LIKE 'within%' AND status = 'processed'").Find(&midst).Error)
+			assert.Len(t, midst, within, "a healthy event is not put off with those around it")
+			slowest := time.Duration(0)
+			for _, m := range midst {
+				slowest = max(slowest, m.ProcessedAt.Sub(m.ReceivedAt))
+			}
+			t.Logf("the slowest of %d healthy events within the flood took %s", within, slowest.Round(time.Millisecond))
+			assert.Less(t, slowest, 5*limit, "it waits for those before it, each of which is tried")
 			healed.Store(true)
 			done()
 			healing := time.Now()

@@ -236,9 +236,23 @@ func (p *pace) next() time.Duration {
 	return p.last.Sub(now)
 }
 
-// slowLane works until both channels are closed.
+// slowLane works until both channels are closed. What came for the first time goes first: there may be healthy events in it.
 func (l *loop) slowLane(ctx context.Context, again <-chan jetstream.Msg, left <-chan work) {
+	fromLeft := func(w work, ok bool) {
+		if !ok {
+			left = nil
+			return
+		}
+		l.failAll(ctx, w.failures)
+		l.takeApart(ctx, w.batch)
+	}
 	for again != nil || left != nil {
+		select {
+		case w, ok := <-left:
+			fromLeft(w, ok)
+			continue
+		default:
+		}
 		select {
 		case msg, ok := <-again:
 			if !ok {
@@ -253,12 +267,7 @@ func (l *loop) slowLane(ctx context.Context, again <-chan jetstream.Msg, left <-
 			l.failAll(ctx, failures)
 			l.apply(ctx, batch, nil)
 		case w, ok := <-left:
-			if !ok {
-				left = nil
-				continue
-			}
-			l.failAll(ctx, w.failures)
-			l.takeApart(ctx, w.batch)
+			fromLeft(w, ok)
 		}
 	}
 }
@@ -349,14 +358,10 @@ func (l *loop) apply(ctx context.Context, batch []*delivery, left chan<- work) {
 			}
 			continue
 		case len(batch) > 1:
-			if left == nil {
-				l.takeApart(ctx, batch)
-				return
-			}
 			select {
 			case left <- work{batch: batch}:
 			default:
-				l.skim(ctx, batch)
+				l.takeApart(ctx, batch)
 			}
 			return
 		default:
@@ -370,42 +375,23 @@ func (l *loop) apply(ctx context.Context, batch []*delivery, left chan<- work) {
 // subtransactions a session where everybody finds them cheaply.
 const chunkSize = 64
 
-// skim takes a batch apart while the slow lane has more than enough to do. Where nothing but failures is at either end of it
-// a flood goes by, and the middle is put off: healthy events behind it must not wait until each of the flood has failed.
-func (l *loop) skim(ctx context.Context, batch []*delivery) {
-	first, last := min(chunkSize, len(batch)), max(chunkSize, len(batch)-chunkSize)
-	if l.takeApart(ctx, batch[:first]) > 0 || last >= len(batch) {
-		l.takeApart(ctx, batch[first:])
-		return
-	}
-	if l.takeApart(ctx, batch[last:]) > 0 {
-		l.takeApart(ctx, batch[first:last])
-		return
-	}
-	for _, d := range batch[first:last] {
-		l.nak(d.msg, l.pace.next())
-	}
-}
-
-// takeApart applies a batch that failed, so that only the events that fail by themselves stay behind. It returns how many
-// did not fail.
-func (l *loop) takeApart(ctx context.Context, batch []*delivery) (good int) {
+// takeApart applies a batch that failed, so that only the events that fail by themselves stay behind.
+func (l *loop) takeApart(ctx context.Context, batch []*delivery) {
 	for len(batch) > 0 {
 		chunk := batch[:min(chunkSize, len(batch))]
-		done, failed, err := l.isolate(ctx, chunk)
+		done, err := l.isolate(ctx, chunk)
 		var late *lateError
 		switch {
 		case err == nil:
-			good += done - failed
 			batch = batch[done:]
 		case errors.Is(err, inbox.ErrRaced):
 		case ctx.Err() != nil:
 			l.giveBackAll(batch)
-			return good
+			return
 		case l.isOutage(ctx, err):
 			if !l.waitOut(ctx, err) {
 				l.giveBackAll(batch)
-				return good
+				return
 			}
 		case errors.As(err, &late):
 			l.failAll(ctx, []failure{{late.delivery, err}})
@@ -417,13 +403,12 @@ func (l *loop) takeApart(ctx context.Context, batch []*delivery) (good int) {
 			batch = batch[len(chunk):]
 		}
 	}
-	return good
 }
 
 // isolate applies events one after the other in one transaction, each behind a savepoint, and settles those that
-// it came to, from the first on: so many are done, and so many of them failed. A commit for all of them and one round trip for
+// it came to, from the first on: so many are done. A commit for all of them and one round trip for
 // a failure are what makes a flood of failing events cheap.
-func (l *loop) isolate(ctx context.Context, batch []*delivery) (done, failed int, err error) {
+func (l *loop) isolate(ctx context.Context, batch []*delivery) (done int, err error) {
 	start := time.Now()
 	var s sorted
 	var good []*delivery
@@ -470,7 +455,7 @@ func (l *loop) isolate(ctx context.Context, batch []*delivery) (done, failed int
 		return l.recordIn(ctx, tx, verdicts, retry)
 	})
 	if err != nil {
-		return 0, 0, err
+		return 0, err
 	}
 	l.works()
 	l.pace.worked(done, time.Since(start))
@@ -482,7 +467,7 @@ func (l *loop) isolate(ctx context.Context, batch []*delivery) (done, failed int
 			l.giveBack(v.msg)
 		}
 	}
-	return done, len(verdicts), nil
+	return done, nil
 }
 
 // exec runs a statement of the worker's own.
