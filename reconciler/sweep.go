@@ -58,9 +58,10 @@ type candidate struct {
 type span struct {
 	candidates []*candidate
 	readAt     time.Time
-	cursor     string
+	cursor     string // empty for the last page, and where there is none to go on from
 	created    int64
 	checked    int64
+	matched    int64
 }
 
 // sweep is one run over some tables. One goroutine uses it.
@@ -79,6 +80,9 @@ type sweep struct {
 	waiting int                 // candidates in queue
 	met     map[string]struct{} // rows that were found by their id only
 	rereads int
+	// tail is of the pages behind the last cursor. A run that is taken up reads them again, so they are not in the checkpoint.
+	tail struct{ checked, matched int64 }
+	from int64 // ms: the time of creation at which this process began; 0 for the beginning
 	// lastRead is when the last page was read, saved when the last checkpoint was made.
 	lastRead, saved time.Time
 	room            room
@@ -90,6 +94,7 @@ func (w *sweep) run(ctx context.Context) error {
 	for _, table := range w.state.Resources {
 		w.table, w.at = table, w.state.of(table)
 		w.queue, w.waiting, w.met, w.rereads = nil, 0, map[string]struct{}{}, 0
+		w.tail.checked, w.tail.matched, w.from = 0, 0, w.at.Created
 		if w.at.Done {
 			continue
 		}
@@ -103,6 +108,8 @@ func (w *sweep) run(ctx context.Context) error {
 		if err := sweepTable(ctx); err != nil {
 			return fmt.Errorf("sweep %s: %w", table, err)
 		}
+		w.at.Checked, w.at.Matched = w.checked(), w.matched()
+		w.tail.checked, w.tail.matched = 0, 0
 		w.report.Checked[table] = w.at.Checked
 		w.at.Done, w.at.Cursor, w.at.Unmatched = true, "", nil
 		if err := w.checkpoint(ctx); err != nil {
@@ -112,9 +119,13 @@ func (w *sweep) run(ctx context.Context) error {
 	return nil
 }
 
+func (w *sweep) checked() int64 { return w.at.Checked + w.tail.checked }
+
+func (w *sweep) matched() int64 { return w.at.Matched + w.tail.matched }
+
 func (w *sweep) progress(waiting int64) {
 	if w.opts.Progress != nil {
-		w.opts.Progress(Progress{Resource: w.table, Done: w.at.Checked, Total: w.at.Total, Waiting: waiting})
+		w.opts.Progress(Progress{Resource: w.table, Done: w.checked(), Total: w.at.Total, Waiting: waiting})
 	}
 }
 
@@ -185,7 +196,7 @@ func (w *sweep) full(ctx context.Context) error {
 		return err
 	}
 	// What the mirror will have once all is applied. A difference that remains has a reason that a sweep cannot take away.
-	w.at.Rows = w.at.Checked + w.at.Unlisted - w.at.Defeated
+	w.at.Rows = w.checked() + w.at.Unlisted - w.at.Defeated
 	return nil
 }
 
@@ -193,7 +204,7 @@ func (w *sweep) full(ctx context.Context) error {
 func (w *sweep) counted(before, after int64) error {
 	low, high := min(before, after), max(before, after)
 	slack := max(3, high/100)
-	if n := w.at.Checked; !w.opts.Force && (n < low-slack || n > high+slack) {
+	if n := w.checked(); !w.opts.Force && (n < low-slack || n > high+slack) {
 		return stopError(fmt.Sprintf("%s: Clerk counts %d and its pages had %d: nothing was deleted", w.table, after, n))
 	}
 	return nil
@@ -247,7 +258,7 @@ func (w *sweep) merged(ctx context.Context) error {
 			w.unmatched(r.id)
 			return nil
 		case r != nil:
-			w.at.Matched++
+			current.matched++
 		}
 		if v := compare(w.table, o, r); v.drift != "" || v.defeated {
 			current.candidates = append(current.candidates, &candidate{object: o, row: r, verdict: v})
@@ -280,7 +291,7 @@ func (w *sweep) unmatched(id string) {
 // keyed compares by id, for objects that come in no order. It remembers a hash of each id, 8 bytes an object, and is not resumed within
 // the table.
 func (w *sweep) keyed(ctx context.Context) error {
-	w.at.Checked, w.at.Matched, w.at.Unmatched = 0, 0, nil
+	w.restart()
 	seen := map[uint64]struct{}{}
 	for page, err := range w.api.Pages(ctx, w.table, clerk.Created, "") {
 		if err != nil {
@@ -319,7 +330,7 @@ func (w *sweep) page(ctx context.Context, page clerk.Page) error {
 		read := &object{o, page.ReadAt}
 		r := rows[o.ID]
 		if r != nil {
-			w.at.Matched++
+			s.matched++
 		}
 		if v := compare(w.table, read, r); v.drift != "" || v.defeated {
 			s.candidates = append(s.candidates, &candidate{object: read, row: r, verdict: v})
@@ -332,8 +343,8 @@ func (w *sweep) page(ctx context.Context, page clerk.Page) error {
 // where Clerk's count and the mirror's no longer differ by what they did.
 func (w *sweep) incremental(ctx context.Context) error {
 	last := w.last[w.table]
-	if !last.Done {
-		return w.full(ctx) // there is nothing yet to go on from
+	if !last.Done || w.at.Cursor != "" {
+		return w.full(ctx) // there is nothing yet to go on from, or it was cut off in the midst of sweeping whole
 	}
 	count, err := w.api.Count(ctx, w.table)
 	if err != nil {
@@ -381,8 +392,14 @@ func (w *sweep) incremental(ctx context.Context) error {
 		return nil
 	}
 	w.log.Info("counts differ, sweeping whole", zap.String("resource", w.table), zap.Int64("clerk", count), zap.Int64("mirror", rows))
-	w.at.Checked, w.at.Matched = 0, 0
+	w.restart()
 	return w.full(ctx)
+}
+
+// restart forgets what was compared of the table.
+func (w *sweep) restart() {
+	w.at.Cursor, w.at.Created, w.at.Checked, w.at.Matched, w.at.Unmatched = "", 0, 0, 0, nil
+	w.tail.checked, w.tail.matched, w.from = 0, 0, 0
 }
 
 func (w *sweep) changes(ctx context.Context, since int64) error {
@@ -448,14 +465,16 @@ func (w *sweep) drain(ctx context.Context, all bool) error {
 			}
 		}
 		for _, s := range w.queue[:n] {
-			w.at.Checked += s.checked
+			if s.cursor != "" {
+				w.at.Cursor, w.at.Created = s.cursor, s.created
+				w.at.Checked, w.at.Matched = w.at.Checked+s.checked, w.at.Matched+s.matched
+			} else {
+				w.tail.checked, w.tail.matched = w.tail.checked+s.checked, w.tail.matched+s.matched
+			}
 		}
 		w.waiting -= len(candidates)
 		w.queue = slices.Delete(w.queue, 0, n)
-		if last.cursor != "" {
-			w.at.Cursor, w.at.Created = last.cursor, last.created
-		}
-		w.report.Checked[w.table] = w.at.Checked
+		w.report.Checked[w.table] = w.checked()
 		w.progress(0)
 		if time.Since(w.saved) >= w.cfg.Checkpoint {
 			if err := w.checkpoint(ctx); err != nil {
@@ -598,7 +617,8 @@ func (w *sweep) extras(ctx context.Context) error {
 	if len(ids) == 0 {
 		return nil
 	}
-	rows := w.at.Matched + int64(len(ids))
+	w.at.Unlisted = 0
+	rows := w.matched() + int64(len(ids))
 	limit := w.cfg.limit(rows)
 	if w.opts.Force || w.opts.Kind == verification {
 		limit = int64(len(ids))
@@ -618,7 +638,7 @@ func (w *sweep) extras(ctx context.Context) error {
 				w.table, len(confirmed), rows, limit))
 		}
 	}
-	if len(confirmed) > 0 && w.at.Matched == 0 && rows > 1 && !w.opts.Force && w.opts.Kind != verification && w.at.Checked > 0 {
+	if len(confirmed) > 0 && w.matched()+w.at.Unlisted == 0 && rows > 1 && !w.opts.Force && w.opts.Kind != verification && w.checked() > 0 {
 		return stopError(fmt.Sprintf("%s: Clerk knows none of the %d rows: nothing was deleted (a wrong key looks just like that; --force deletes them)", w.table, rows))
 	}
 	if len(confirmed) == 0 {
@@ -684,8 +704,10 @@ func (w *sweep) confirm(ctx context.Context, ids []string) ([]*candidate, error)
 			confirmed = append(confirmed, c)
 			continue
 		}
-		w.at.Matched++
-		w.at.Unlisted++
+		// Where this process began, rows of that millisecond stand beside pages that the one before it has read.
+		if w.from == 0 || c.row.created != w.from {
+			w.at.Unlisted++
+		}
 		if c.verdict = compare(w.table, c.object, c.row); c.verdict.drift != "" {
 			there = append(there, c)
 		}
