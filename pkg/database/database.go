@@ -50,7 +50,7 @@ func Open(ctx context.Context, url, schema string) (*gorm.DB, error) {
 }
 
 // gormConfig: every caller opens its own transactions, and errors are logged where the decision falls. Statements
-// are not kept by GORM: pgx keeps them a connection, and the SQLite driver compiles anew whatever it is given.
+// are not kept by GORM: pgx keeps them a connection, and so do the connections to SQLite.
 func gormConfig() *gorm.Config {
 	return &gorm.Config{
 		Logger:                 logger.Discard,

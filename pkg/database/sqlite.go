@@ -13,9 +13,8 @@ import (
 	"sync"
 	"time"
 
-	gosqlite "github.com/glebarez/go-sqlite"
-	"github.com/glebarez/sqlite"
 	"gorm.io/gorm"
+	"modernc.org/sqlite"
 )
 
 // SQLiteTime is the one text form of a time in SQLite: UTC with ms, so that texts sort like times. Connections
@@ -25,12 +24,12 @@ const SQLiteTime = "2006-01-02 15:04:05.000+00:00"
 // sqliteConns is the size of the pool: one writer and some readers, which WAL lets go on meanwhile.
 const sqliteConns = 8
 
-// pragmas of every connection. The page size holds for a new file only: rows carry 2 to 3 KB, of which a page of
+// pragmas of every connection, in this order. The page size holds for a new file only: rows carry 2 to 3 KB, of which a page of
 // 4 KB fits one; with 8 KB a batch writes a third less (measured). synchronous=FULL syncs the WAL at every commit:
 // the worker acks after it, so a commit that a power cut could take back would lose events.
 var pragmas = []string{
-	"page_size(8192)", "busy_timeout(10000)", "journal_mode(WAL)", "synchronous(FULL)", "foreign_keys(ON)",
-	"cache_size(-16384)", "temp_store(MEMORY)", "wal_autocheckpoint(2000)", "journal_size_limit(67108864)",
+	"busy_timeout=10000", "page_size=8192", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON",
+	"cache_size=-16384", "temp_store=MEMORY", "wal_autocheckpoint=2000", "journal_size_limit=67108864",
 }
 
 func openSQLite(ctx context.Context, path string) (*gorm.DB, error) {
@@ -48,14 +47,13 @@ func openSQLite(ctx context.Context, path string) (*gorm.DB, error) {
 	if err := private(path); err != nil {
 		return nil, &OpenError{kind: ErrUnreachable, err: err, text: fmt.Sprintf("%s cannot be opened for writing (%v)", path, err)}
 	}
-	query := url.Values{"_pragma": pragmas}
 	pool := sql.OpenDB(&connector{
-		dsn:    (&url.URL{Scheme: "file", Path: path}).String() + "?" + query.Encode(),
+		dsn:    (&url.URL{Scheme: "file", Path: path, RawQuery: "_timezone=UTC"}).String(),
 		writer: writerOf(path),
 	})
 	pool.SetMaxOpenConns(sqliteConns)
 	pool.SetMaxIdleConns(sqliteConns)
-	db, err := gorm.Open(&sqlite.Dialector{Conn: pool}, gormConfig())
+	db, err := gorm.Open(dialector{pool}, gormConfig())
 	if err == nil {
 		err = pool.PingContext(ctx)
 	}
@@ -100,10 +98,10 @@ type connector struct {
 	writer chan struct{}
 }
 
-func (c *connector) Driver() driver.Driver { return &gosqlite.Driver{} }
+func (c *connector) Driver() driver.Driver { return &sqlite.Driver{} }
 
-func (c *connector) Connect(context.Context) (driver.Conn, error) {
-	inner, err := (&gosqlite.Driver{}).Open(c.dsn)
+func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
+	inner, err := (&sqlite.Driver{}).Open(c.dsn)
 	if err != nil {
 		return nil, err //nolint:wrapcheck // database/sql hands it on to the caller, who says what it was for
 	}
@@ -112,7 +110,13 @@ func (c *connector) Connect(context.Context) (driver.Conn, error) {
 		_ = inner.Close()
 		return nil, fmt.Errorf("the SQLite driver's connection %T lacks a method", inner)
 	}
-	return &conn{sqliteConn: full, writer: c.writer}, nil
+	for _, pragma := range pragmas {
+		if _, err := full.ExecContext(ctx, "PRAGMA "+pragma, nil); err != nil {
+			_ = inner.Close()
+			return nil, err //nolint:wrapcheck // as above
+		}
+	}
+	return &conn{sqliteConn: full, writer: c.writer, kept: map[string]sqliteStmt{}}, nil
 }
 
 type sqliteConn interface {
@@ -123,11 +127,17 @@ type sqliteConn interface {
 	driver.QueryerContext
 }
 
+type sqliteStmt interface {
+	driver.Stmt
+	driver.StmtExecContext
+}
+
 // conn is used by one goroutine at a time, as database/sql promises.
 type conn struct {
 	sqliteConn
 	writer chan struct{}
 	inTx   bool
+	kept   map[string]sqliteStmt // by their text
 }
 
 // CheckNamedValue implements driver.NamedValueChecker: times in one form, the rest as database/sql does it.
@@ -158,7 +168,39 @@ func (c *conn) ExecContext(ctx context.Context, query string, args []driver.Name
 		}
 		defer c.give()
 	}
+	if c.inTx && strings.HasPrefix(query, "INSERT ") {
+		return c.insert(ctx, query, args)
+	}
 	return c.sqliteConn.ExecContext(ctx, query, args) //nolint:wrapcheck // transparent
+}
+
+// maxKept bounds the compiled statements of a connection. The worker needs one for each table and number of rows.
+const maxKept = 256
+
+// insert executes a statement that is kept compiled: compiling the upsert of a few rows takes longer than they do.
+func (c *conn) insert(ctx context.Context, query string, args []driver.NamedValue) (driver.Result, error) {
+	stmt := c.kept[query]
+	if stmt == nil {
+		made, err := c.sqliteConn.PrepareContext(ctx, query)
+		if err != nil {
+			return nil, err //nolint:wrapcheck // transparent
+		}
+		stmt = made.(sqliteStmt) //nolint:forcetypeassert // the driver's own, which a test of this package would show
+		if len(c.kept) >= maxKept {
+			defer func() { _ = stmt.Close() }()
+		} else {
+			c.kept[query] = stmt
+		}
+	}
+	return stmt.ExecContext(ctx, args) //nolint:wrapcheck // transparent
+}
+
+// Close implements driver.Conn.
+func (c *conn) Close() error {
+	for _, stmt := range c.kept {
+		_ = stmt.Close()
+	}
+	return c.sqliteConn.Close() //nolint:wrapcheck // transparent
 }
 
 // BeginTx implements driver.ConnBeginTx. A transaction that may write is the writer from its begin on: one that became it

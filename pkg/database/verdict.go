@@ -11,8 +11,8 @@ import (
 	"strings"
 	"syscall"
 
-	gosqlite "github.com/glebarez/go-sqlite"
 	"github.com/jackc/pgx/v5/pgconn"
+	"modernc.org/sqlite"
 )
 
 // infrastructure are SQLSTATEs, or their classes, that say nothing about the data.
@@ -53,7 +53,7 @@ func IsInfrastructure(err error) bool {
 		}
 		return false
 	}
-	var lite *gosqlite.Error
+	var lite *sqlite.Error
 	if errors.As(err, &lite) {
 		return sqliteInfrastructure[lite.Code()&0xff] || isMissingTable(err)
 	}
@@ -80,7 +80,7 @@ func IsConstraint(err error) bool {
 	if errors.As(err, &pg) {
 		return strings.HasPrefix(pg.Code, "23")
 	}
-	var lite *gosqlite.Error
+	var lite *sqlite.Error
 	return errors.As(err, &lite) && lite.Code()&0xff == 19
 }
 
@@ -90,6 +90,6 @@ func isMissingTable(err error) bool {
 	if errors.As(err, &pg) {
 		return pg.Code == "42P01" || pg.Code == "3F000"
 	}
-	var lite *gosqlite.Error
+	var lite *sqlite.Error
 	return errors.As(err, &lite) && lite.Code()&0xff == 1 && strings.Contains(lite.Error(), "no such table: ")
 }
