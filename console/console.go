@@ -34,7 +34,7 @@ const Name = "console"
 // Limits of the HTTP server.
 const (
 	readTimeout  = 10 * time.Second
-	writeTimeout = 15 * time.Second
+	writeTimeout = 20 * time.Second
 	maxHeader    = 16 << 10        // bytes
 	askTimeout   = 3 * time.Second // for one question to the broker or the database
 	stopGrace    = 5 * time.Second // for requests in flight when the service stops

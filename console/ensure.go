@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"regexp"
+	"slices"
 	"sync"
 	"time"
 
@@ -21,7 +22,7 @@ import (
 	"github.com/usherhq/usher/pkg/stream"
 )
 
-// Limits of one `ensure`. Together they stay below writeTimeout.
+// Limits of one `ensure`. With askTimeout they stay below writeTimeout.
 const (
 	defaultWait  = 500 * time.Millisecond
 	maxWait      = 5 * time.Second
@@ -179,6 +180,7 @@ func (e *ensurer) fetch(ctx context.Context, source, id string) error {
 	flight := e.flights.DoChan(source+"\x00"+id, func() (any, error) {
 		ctx, cancel := context.WithTimeout(e.base, fetchTimeout)
 		defer cancel()
+		read := time.Now() // or later: what came meanwhile is newer
 		user, err := s.client.Get(ctx, "users", id)
 		switch {
 		case errors.Is(err, clerk.ErrNotFound):
@@ -190,7 +192,7 @@ func (e *ensurer) fetch(ctx context.Context, source, id string) error {
 		case err != nil:
 			return nil, &refusal{"clerk_unavailable", "Clerk could not be asked", err}
 		}
-		return nil, e.publish(ctx, s, user)
+		return nil, e.publish(ctx, s, user, read)
 	})
 	select {
 	case result := <-flight:
@@ -201,36 +203,56 @@ func (e *ensurer) fetch(ctx context.Context, source, id string) error {
 }
 
 // publish stores the event of a user whose row is not there.
-func (e *ensurer) publish(ctx context.Context, s *reader, user clerk.Object) error {
+func (e *ensurer) publish(ctx context.Context, s *reader, user clerk.Object, read time.Time) error {
 	var tombstones int64
-	err := e.db.WithContext(ctx).Table("users").Where("id = ? AND version > ?", user.ID, event.Millis(user.UpdatedAt)).Count(&tombstones).Error
+	err := e.db.WithContext(ctx).Table("users").Where("id = ? AND deleted_at IS NOT NULL AND version > ?", user.ID, event.Millis(user.UpdatedAt)).Count(&tombstones).Error
 	if err != nil {
 		return &refusal{"database_unavailable", "the database does not answer", err}
 	}
 	if tombstones > 0 {
 		return &refusal{code: "deleted_later", message: "Clerk has the user, but a delete came that is newer than its last change there: the row comes back with the next one"}
 	}
-	ev := event.Compose("user.created", user.Raw, s.InstanceID, time.Now())
+	ev := event.Compose("user.created", user.Raw, s.InstanceID, read)
 	ev.Source, ev.Origin, ev.ReceivedAt = s.Name, event.OriginReconcile, time.Now().UTC()
 	identity := fmt.Appendf(nil, "ensure\x00%s\x00%s\x00%d", s.Name, user.ID, user.UpdatedAt)
 	for generation := range maxGenerations {
 		ev.ID = event.ReconciledID(identity, generation)
-		// One that was settled, and whose row is gone again, must not be taken for a repetition.
-		var settled int64
-		err := e.db.WithContext(ctx).Table("deliveries").Where("handler = ? AND event_id = ? AND status <> 'retrying'", mirrorHandler, ev.ID).Count(&settled).Error
-		if err != nil {
+		var status []string
+		err := e.db.WithContext(ctx).Table("deliveries").Where("handler = ? AND event_id = ?", mirrorHandler, ev.ID).Pluck("status", &status).Error
+		switch {
+		case err != nil:
 			return &refusal{"database_unavailable", "the database does not answer", err}
-		}
-		if settled > 0 {
+		case slices.Contains(status, "processed"): // and the row is gone again: another event must bring it back
 			continue
+		case slices.Contains(status, "retrying"):
+			return nil
+		case len(status) > 0:
+			return &refusal{code: "dead_lettered", message: "the event of this user could not be applied: see `usher dlq list`, event " + ev.ID}
 		}
-		if _, err := e.js.PublishMsg(ctx, stream.Message(&ev)); err != nil {
+		ack, err := e.js.PublishMsg(ctx, stream.Message(&ev))
+		if err != nil {
 			return &refusal{"broker_unavailable", "the broker does not take the event", err}
+		}
+		if ack.Duplicate {
+			if waits, err := e.waits(ctx); err != nil || waits {
+				return err // it was published before, and is on its way
+			}
+			continue // the database has forgotten what the broker has not
 		}
 		e.log.Info("user fetched from Clerk", zap.String("user_id", user.ID), zap.String("source", s.Name), zap.String("event_id", ev.ID))
 		return nil
 	}
 	return &refusal{code: "not_applied", message: "the event of this user was settled and its row is not there: see its deliveries"}
+}
+
+// waits tells whether the mirror has events before it.
+func (e *ensurer) waits(ctx context.Context) (bool, error) {
+	consumer, err := e.js.Consumer(ctx, stream.Events, mirrorHandler)
+	if err != nil {
+		return false, &refusal{"broker_unavailable", "the broker does not answer", err}
+	}
+	info := consumer.CachedInfo()
+	return info.NumPending+uint64(max(info.NumAckPending, 0)) > 0, nil
 }
 
 // arrivals waits for rows: one query at a time for all that are waited for, however many wait.

@@ -286,6 +286,34 @@ func TestRowThatWasLostIsFetchedAgain(t *testing.T) {
 	}
 }
 
+func TestDeadLetteredUserIsNotPublishedAgain(t *testing.T) {
+	t.Parallel()
+	s := newSignUps(t, dbtest.SQLite(t), emulator.APIConfig{})
+	id, _ := s.clerk.SignUp()
+	require.Equal(t, http.StatusOK, s.ensure(id, "?wait=0s").status)
+	require.NoError(t, s.db.Exec("DELETE FROM users").Error)
+	require.NoError(t, s.db.Exec("UPDATE deliveries SET status = 'dead'").Error)
+	for range 3 {
+		got := s.ensure(id, "?wait=0s")
+		assert.Equal(t, http.StatusServiceUnavailable, got.status)
+		assert.Equal(t, "dead_lettered", got.Error.Code)
+	}
+	assert.EqualValues(t, 1, s.stored())
+}
+
+// TestDatabaseThatHasForgottenIsFilledAgain: the broker still knows the event, the database was made anew.
+func TestDatabaseThatHasForgottenIsFilledAgain(t *testing.T) {
+	t.Parallel()
+	s := newSignUps(t, dbtest.SQLite(t), emulator.APIConfig{})
+	id, _ := s.clerk.SignUp()
+	require.Equal(t, "fetched", s.ensure(id, "?wait=0s").Result)
+	require.NoError(t, s.db.Exec("DELETE FROM users").Error)
+	require.NoError(t, s.db.Exec("DELETE FROM deliveries").Error)
+	got := s.ensure(id, "?wait=0s")
+	assert.Equal(t, http.StatusOK, got.status, got.Error)
+	assert.EqualValues(t, 2, s.stored())
+}
+
 func TestEnsureRefusesWhatItCannotDo(t *testing.T) {
 	t.Parallel()
 	s := newSignUps(t, dbtest.SQLite(t), emulator.APIConfig{})

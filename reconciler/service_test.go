@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go/jetstream"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -256,6 +257,60 @@ func TestSilenceIsToldOnceTheDatabaseIsBack(t *testing.T) {
 	require.NoError(t, w.db.Exec("ALTER TABLE away RENAME TO notifications").Error)
 	w.notified("silence_over", 1)
 	assert.Len(t, w.notifications("silence"), 1)
+}
+
+// TestWebhookThatComesDuringALookIsNoSilence: Clerk was asked before the sign-up, the stream after its webhook.
+func TestWebhookThatComesDuringALookIsNoSilence(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, dbtest.SQLite(t), emulator.APIConfig{})
+	w.tell(10, all)
+	var armed atomic.Bool
+	between := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, req *http.Request) {
+		w.api.ServeHTTP(rw, req)
+		if strings.HasSuffix(req.URL.Path, "/users/count") && armed.CompareAndSwap(true, false) {
+			_, events := w.clerk.SignUp()
+			for _, e := range events {
+				publishWebhook(t, w, e)
+			}
+		}
+	}))
+	t.Cleanup(between.Close)
+	w.watcher(func(c *reconciler.Config) { c.Sources[0].APIURL = between.URL + "/v1" })
+	armed.Store(true)
+	require.Eventually(t, func() bool { return !armed.Load() }, 20*time.Second, 10*time.Millisecond)
+	w.looks(30)
+	assert.Empty(t, w.notifications("silence"), "every webhook came")
+}
+
+// TestBacklogIsNoSilence: the webhook lies behind more events of a sweep than one look goes through.
+func TestBacklogIsNoSilence(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, dbtest.SQLite(t), emulator.APIConfig{})
+	w.tell(10, all)
+	soon := func(c *reconciler.Config) { c.SilenceAfter = time.Millisecond }
+	_, _, stop := w.watcher(soon)
+	stop()
+	id, events := w.clerk.SignUp()
+	var acks []jetstream.PubAckFuture
+	for i := range 21_000 {
+		e := event.Event{ID: fmt.Sprintf("rec_%d", i), Type: "user.updated", Source: "clerk", Origin: event.OriginReconcile, Raw: []byte("{}"), Object: event.Object{ID: id}}
+		ack, err := w.js.PublishMsgAsync(stream.Message(&e))
+		require.NoError(t, err)
+		acks = append(acks, ack)
+	}
+	for _, ack := range acks {
+		select {
+		case <-ack.Ok():
+		case err := <-ack.Err():
+			require.NoError(t, err)
+		}
+	}
+	for _, e := range events {
+		publishWebhook(t, w, e)
+	}
+	w.watcher(soon)
+	w.looks(5)
+	assert.Empty(t, w.notifications("silence"))
 }
 
 func silenceSeconds(t *testing.T, reg *prometheus.Registry) float64 {

@@ -29,8 +29,8 @@ const (
 const (
 	// disabledAfter is when Svix disables an endpoint that has only failed (docs.svix.com/retries).
 	disabledAfter = 5 * 24 * time.Hour
-	// maxListen bounds the events that one look goes through: after a sweep there may be many that are not webhooks.
-	maxListen = 10_000
+	// listenMost bounds the events that one look goes through: after a sweep there may be many that are not webhooks.
+	listenMost = 10_000
 	// maxMissing bounds the users that are read to count what is missing.
 	maxMissing = 10_000
 )
@@ -68,7 +68,10 @@ func (r *Reconciler) watch(ctx context.Context) {
 		}
 		held, leased, err := acquire(ctx, r.js, "silence", holderName(), r.cfg.Sweep.withDefaults().LeaseTTL)
 		if err != nil {
-			continue // another watches, or the broker is away
+			if !errors.Is(err, errBusy) && ctx.Err() == nil { // another watches: as it should be
+				r.log.Warn("could not look for silence", zap.Error(err))
+			}
+			continue
 		}
 		for leased.Err() == nil {
 			longest := time.Duration(0)
@@ -102,6 +105,12 @@ func (r *Reconciler) listen(ctx context.Context, s *source) (time.Duration, erro
 }
 
 func (r *Reconciler) look(ctx context.Context, s *source, d *detector) (time.Duration, error) {
+	// The stream's end is read before Clerk is: what was heard is then never newer than what Clerk shows, and a webhook that
+	// comes in between is heard at the next look.
+	events, err := r.js.Stream(ctx, stream.Events)
+	if err != nil {
+		return 0, fmt.Errorf("look up stream %s: %w", stream.Events, err)
+	}
 	o, _, err := s.client.Latest(ctx, "users")
 	if err != nil {
 		return 0, fmt.Errorf("look for silence: %w", err)
@@ -111,11 +120,14 @@ func (r *Reconciler) look(ctx context.Context, s *source, d *detector) (time.Dur
 		return 0, fmt.Errorf("look for silence: %w", err)
 	}
 	was := *d
-	heard, err := r.heard(ctx, s.Name, d)
+	heard, whole, err := r.heard(ctx, events, s.Name, d)
 	if err != nil {
 		return 0, err
 	}
 	now := time.Now()
+	if !whole { // behind, as after a large backfill: the next look goes on, and nothing follows from this one
+		return lasted(d, now), nil
+	}
 	if !d.observe(now, event.Millis(o.UpdatedAt), count, heard) {
 		if was.Alerts > 0 {
 			if err := r.over(ctx, s, was, now); err != nil {
@@ -126,7 +138,7 @@ func (r *Reconciler) look(ctx context.Context, s *source, d *detector) (time.Dur
 		}
 		return 0, nil
 	}
-	silence := now.Sub(time.UnixMilli(d.Since))
+	silence := lasted(d, now)
 	// The first after the set time, then one a day: several before Svix gives up on the endpoint.
 	due := int64(0)
 	if silence >= r.cfg.SilenceAfter {
@@ -139,6 +151,14 @@ func (r *Reconciler) look(ctx context.Context, s *source, d *detector) (time.Dur
 		d.Alerts = due
 	}
 	return silence, nil
+}
+
+// lasted is how long the silence is, 0 where there is none.
+func lasted(d *detector, now time.Time) time.Duration {
+	if d.Since == 0 {
+		return 0
+	}
+	return now.Sub(time.UnixMilli(d.Since))
 }
 
 // alert raises the n-th alert of a silence.
@@ -249,34 +269,30 @@ pages:
 }
 
 // heard tells whether a webhook of the source was stored since the last look, the first of which hears none. Events that sweeps
-// published do not count, nor do replays.
-func (r *Reconciler) heard(ctx context.Context, name string, d *detector) (bool, error) {
-	events, err := r.js.Stream(ctx, stream.Events)
-	if err != nil {
-		return false, fmt.Errorf("look up stream %s: %w", stream.Events, err)
-	}
+// published do not count, nor do replays. whole is false where there was more to go through than one look may.
+func (r *Reconciler) heard(ctx context.Context, events jetstream.Stream, name string, d *detector) (heard, whole bool, err error) {
 	last := events.CachedInfo().State.LastSeq
 	if !d.Known || d.Position > last { // the stream was made anew
 		d.Position = last
-		return false, nil
+		return false, true, nil
 	}
 	filter := "clerk.evt." + stream.Token(name) + ".>"
-	for range maxListen {
+	for range listenMost {
 		msg, err := events.GetMsg(ctx, d.Position+1, jetstream.WithGetMsgSubject(filter))
-		if errors.Is(err, jetstream.ErrMsgNotFound) {
-			d.Position = max(last, d.Position)
-			return false, nil
+		if errors.Is(err, jetstream.ErrMsgNotFound) || err == nil && msg.Sequence > last {
+			d.Position = last
+			return false, true, nil
 		}
 		if err != nil {
-			return false, fmt.Errorf("look for events: %w", err)
+			return false, false, fmt.Errorf("look for events: %w", err)
 		}
 		d.Position = msg.Sequence
 		if origin := cmp.Or(event.Origin(msg.Header.Get(stream.HeaderOrigin)), event.OriginWebhook); origin == event.OriginWebhook {
-			d.Position = max(last, d.Position) // one is enough
-			return true, nil
+			d.Position = last // one is enough
+			return true, true, nil
 		}
 	}
-	return false, nil
+	return false, false, nil
 }
 
 // memoryKey is where a source's detector is kept, beside the lease that says who may use it.

@@ -31,7 +31,7 @@ var (
 type Client struct {
 	base  *url.URL
 	token string
-	// HTTP makes the requests; it may be replaced before the first one. It must allow a request some 15 s.
+	// HTTP makes the requests; it may be replaced before the first one. It must allow a request some 20 s.
 	HTTP *http.Client
 }
 
@@ -42,7 +42,7 @@ func New(address, token string) (*Client, error) {
 	if err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
 		return nil, fmt.Errorf("console address %q: want http://host:port or https://host", address)
 	}
-	return &Client{base: u, token: token, HTTP: &http.Client{Timeout: 20 * time.Second}}, nil
+	return &Client{base: u, token: token, HTTP: &http.Client{Timeout: 25 * time.Second}}, nil
 }
 
 // User is the user's row in the table users.
@@ -121,7 +121,7 @@ func (c *Client) ensure(ctx context.Context, address string) (user *User, again 
 		return nil, 0, ErrNotFound
 	case res.StatusCode == http.StatusUnauthorized:
 		return nil, 0, ErrUnauthorized
-	case res.StatusCode == http.StatusServiceUnavailable:
+	case res.StatusCode == http.StatusServiceUnavailable, res.StatusCode == http.StatusBadGateway, res.StatusCode == http.StatusGatewayTimeout: // or of a proxy before the console
 		seconds, _ := strconv.Atoi(res.Header.Get("Retry-After"))
 		return nil, max(time.Duration(seconds)*time.Second, retryAfter), fmt.Errorf("ensure user: %w", said)
 	default:

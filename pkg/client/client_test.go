@@ -45,7 +45,7 @@ const found = `{"result":"fetched","user":{"id":"user_1","source":"clerk","email
 
 func TestRowIsReturnedOnceItIsThere(t *testing.T) {
 	t.Parallel()
-	c, requests := console(t, "secret", cut, say(503, `{"error":{"code":"clerk_timeout","message":"later"}}`), func(w http.ResponseWriter, r *http.Request) {
+	c, requests := console(t, "secret", cut, say(502, "<html>"), say(503, `{"error":{"code":"clerk_timeout","message":"later"}}`), func(w http.ResponseWriter, r *http.Request) {
 		assert.Equal(t, "/api/users/user_1/ensure", r.URL.Path)
 		assert.Equal(t, "750ms", r.URL.Query().Get("wait"))
 		assert.Equal(t, "Bearer secret", r.Header.Get("Authorization"))
@@ -58,7 +58,7 @@ func TestRowIsReturnedOnceItIsThere(t *testing.T) {
 	assert.True(t, user.Banned)
 	assert.JSONEq(t, `{"plan":"pro"}`, string(user.PublicMetadata))
 	assert.Equal(t, 2026, user.ClerkCreatedAt.Year())
-	assert.EqualValues(t, 3, requests.Load())
+	assert.EqualValues(t, 4, requests.Load())
 }
 
 func TestNotFoundIsClerksWordOnly(t *testing.T) {
