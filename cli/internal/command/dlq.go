@@ -1,7 +1,6 @@
 package command
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -270,18 +269,7 @@ func printLetter(w io.Writer, l shownLetter) error {
 		return fmt.Errorf("print: %w", err)
 	}
 	_, _ = fmt.Fprintf(w, "\nerror: %s\n\n", l.Error)
-	if l.BodyNote != "" {
-		_, _ = fmt.Fprintf(w, "body: %s\n", l.BodyNote)
-	}
-	if len(l.Body) == 0 {
-		return nil
-	}
-	var pretty bytes.Buffer
-	if err := json.Indent(&pretty, l.Body, "", "  "); err != nil {
-		return fmt.Errorf("print: %w", err)
-	}
-	_, _ = fmt.Fprintln(w, pretty.String())
-	return nil
+	return printBody(w, l.BodyNote, l.Body)
 }
 
 func (c *cli) dlqReplay() *cobra.Command {

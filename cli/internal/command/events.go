@@ -465,14 +465,19 @@ func printEvent(w io.Writer, e shownEvent) error {
 		return fmt.Errorf("print: %w", err)
 	}
 	_, _ = fmt.Fprintln(w)
-	if e.BodyNote != "" {
-		_, _ = fmt.Fprintf(w, "body: %s\n", e.BodyNote)
+	return printBody(w, e.BodyNote, e.Body)
+}
+
+// printBody prints an event's body for people, or why there is none.
+func printBody(w io.Writer, note string, body json.RawMessage) error {
+	if note != "" {
+		_, _ = fmt.Fprintf(w, "body: %s\n", note)
 	}
-	if len(e.Body) == 0 {
+	if len(body) == 0 {
 		return nil
 	}
 	var pretty bytes.Buffer
-	if err := json.Indent(&pretty, e.Body, "", "  "); err != nil {
+	if err := json.Indent(&pretty, body, "", "  "); err != nil {
 		return fmt.Errorf("print: %w", err)
 	}
 	_, _ = fmt.Fprintln(w, pretty.String())
