@@ -29,6 +29,10 @@ func Connect(url, creds, name string, log *zap.Logger, opts ...nats.Option) (*na
 		nats.PingInterval(20 * time.Second),
 		nats.MaxPingsOutstanding(3),
 		nats.Timeout(3 * time.Second),
+		// A write to a full socket holds the connection's lock, and with it whoever publishes, asks for the state or wants to
+		// close. The broker hangs then: the connection is given up, and a publish in it fails as unknown.
+		nats.FlusherTimeout(PublishTimeout),
+		nats.ReconnectOnFlusherError(),
 		nats.DrainTimeout(20 * time.Second),
 		nats.CustomInboxPrefix("_INBOX_" + name),
 		nats.DisconnectErrHandler(func(_ *nats.Conn, err error) {
