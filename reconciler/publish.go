@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/cenkalti/backoff/v4"
@@ -29,6 +30,7 @@ type drift struct {
 	clerkVersion  int64
 	event         event.Event
 	identity      []byte // what the event's id is made of
+	generation    int    // of the id: how many events of this identity the stream may have had before
 	eventID       string // once it was published
 }
 
@@ -80,24 +82,53 @@ func (w *sweep) driftOf(c *candidate) drift {
 	return d
 }
 
+// maxLost bounds how many lost events of one drift are passed over. Each was lost with a database of its own.
+const maxLost = 20
+
 // publish stores the events of drifts and returns once all are on disk.
 func (w *sweep) publish(ctx context.Context, drifts []drift) error {
-	if err := w.name(ctx, drifts); err != nil {
+	open := make([]*drift, 0, len(drifts))
+	for i := range drifts {
+		if !drifts[i].defeated {
+			open = append(open, &drifts[i])
+		}
+	}
+	if err := w.makeRoom(ctx, len(open)); err != nil {
 		return err
 	}
-	if err := w.makeRoom(ctx, len(drifts)); err != nil {
-		return err
+	for range maxLost {
+		if len(open) == 0 {
+			return nil
+		}
+		if err := w.name(ctx, open); err != nil {
+			return err
+		}
+		known, err := w.store(ctx, open)
+		if err != nil {
+			return err
+		}
+		if open, err = w.lost(ctx, known); err != nil {
+			return err
+		}
+		for _, d := range open {
+			d.generation, d.eventID = d.generation+1, ""
+		}
 	}
+	for _, d := range open {
+		w.log.Error("event not published: the stream has all that were tried, and the mirror none of them", zap.String("event_id", d.event.ID), zap.String("object_id", d.id))
+	}
+	return nil
+}
+
+// store stores events and returns those that the stream had already. One that is too large is logged, and left.
+func (w *sweep) store(ctx context.Context, drifts []*drift) ([]*drift, error) {
 	acks := make([]stream.Ack, len(drifts))
 	errs := make([]error, len(drifts))
 	group, gctx := errgroup.WithContext(ctx)
 	group.SetLimit(256)
-	for i := range drifts {
-		if drifts[i].defeated {
-			continue
-		}
+	for i, d := range drifts {
 		group.Go(func() error {
-			acks[i], errs[i] = w.publishOne(gctx, &drifts[i].event)
+			acks[i], errs[i] = w.publishOne(gctx, &d.event)
 			if errors.Is(errs[i], stream.ErrTooLarge) {
 				return nil
 			}
@@ -105,19 +136,83 @@ func (w *sweep) publish(ctx context.Context, drifts []drift) error {
 		})
 	}
 	err := group.Wait()
-	for i := range drifts {
-		switch {
-		case drifts[i].defeated:
-		case errs[i] != nil:
-			w.log.Error("event not published", zap.String("event_id", drifts[i].event.ID), zap.String("object_id", drifts[i].id), zap.Error(errs[i]))
-		default:
-			drifts[i].eventID = drifts[i].event.ID
-			if !acks[i].Duplicate {
-				w.report.Published++
-			}
+	var known []*drift
+	for i, d := range drifts {
+		if errs[i] != nil {
+			w.log.Error("event not published", zap.String("event_id", d.event.ID), zap.String("object_id", d.id), zap.Error(errs[i]))
+			continue
+		}
+		if d.eventID = d.event.ID; acks[i].Duplicate {
+			known = append(known, d)
+		} else {
+			w.report.Published++
 		}
 	}
-	return err //nolint:wrapcheck // publishOne says what it was
+	return known, err //nolint:wrapcheck // publishOne says what it was
+}
+
+// lost are those events of the stream that the mirror neither has before it nor has in its books: the consumer is past them, but what
+// it did with them is gone, since the database is new or was taken back to a backup. They will not come again by themselves.
+func (w *sweep) lost(ctx context.Context, known []*drift) ([]*drift, error) {
+	if len(known) == 0 {
+		return nil, nil
+	}
+	// The consumer is asked before the books: what it acknowledges in between is on its way by this answer.
+	coming := make([]bool, len(known))
+	err := patiently(ctx, func() error {
+		pending, floor, err := w.backlog(ctx)
+		if err != nil || pending == 0 && floor > 0 {
+			clear(coming)
+			return err
+		}
+		events, err := w.js.Stream(ctx, stream.Events)
+		if err != nil {
+			return fmt.Errorf("look up stream %s: %w", stream.Events, err)
+		}
+		group, gctx := errgroup.WithContext(ctx)
+		group.SetLimit(64)
+		for i, d := range known {
+			group.Go(func() error {
+				var err error
+				coming[i], err = holds(gctx, events, floor+1, &d.event)
+				return err
+			})
+		}
+		return group.Wait()
+	})
+	if err != nil {
+		return nil, err
+	}
+	var gone []*drift
+	var ids []string
+	for i, d := range known {
+		if !coming[i] {
+			gone, ids = append(gone, d), append(ids, d.event.ID)
+		}
+	}
+	settled, err := w.books.settled(ctx, ids, "processed", "dead", "discarded")
+	if err != nil {
+		return nil, err
+	}
+	return slices.DeleteFunc(gone, func(d *drift) bool { return settled[d.event.ID] }), nil
+}
+
+// holds tells whether the stream has an event from seq on.
+func holds(ctx context.Context, events jetstream.Stream, seq uint64, e *event.Event) (bool, error) {
+	subject := stream.Subject(e)
+	for {
+		msg, err := events.GetMsg(ctx, seq, jetstream.WithGetMsgSubject(subject))
+		if errors.Is(err, jetstream.ErrMsgNotFound) {
+			return false, nil
+		}
+		if err != nil {
+			return false, fmt.Errorf("look for event %s: %w", e.ID, err)
+		}
+		if msg.Header.Get(stream.HeaderEventID) == e.ID {
+			return true, nil
+		}
+		seq = msg.Sequence + 1
+	}
 }
 
 // room is how many more events a sweep may publish before it looks at the mirror's backlog again.
@@ -204,17 +299,13 @@ func (w *sweep) publishOne(ctx context.Context, e *event.Event) (stream.Ack, err
 	return ack, err
 }
 
-// name gives events their ids. An event that the mirror has applied, and whose drift is there again (a row that was changed by hand,
-// a database taken back to a backup), gets the next id; else the inbox would drop it.
-func (w *sweep) name(ctx context.Context, drifts []drift) error {
-	open := make([]*drift, 0, len(drifts))
-	for i := range drifts {
-		open = append(open, &drifts[i])
-	}
-	for generation := 0; len(open) > 0; generation++ {
+// name gives events their ids. An event that the mirror has applied, and whose drift is there again (a row that was changed by hand),
+// gets the next id; else the inbox would drop it.
+func (w *sweep) name(ctx context.Context, open []*drift) error {
+	for len(open) > 0 {
 		ids := make([]string, len(open))
 		for i, d := range open {
-			ids[i] = event.ReconciledID(d.identity, generation)
+			ids[i] = event.ReconciledID(d.identity, d.generation)
 			d.event.ID = ids[i]
 		}
 		applied, err := w.books.settled(ctx, ids, "processed")
@@ -224,6 +315,7 @@ func (w *sweep) name(ctx context.Context, drifts []drift) error {
 		var next []*drift
 		for i, d := range open {
 			if applied[ids[i]] {
+				d.generation++
 				next = append(next, d)
 			}
 		}
