@@ -103,6 +103,9 @@ type Options struct {
 	Progress func(Progress) // called now and then, by one goroutine, also while the run waits for the worker
 
 	origin event.Origin
+	// service is set by the service: where its run is cut off, whoever has the lease next goes on with it by himself. A run of a
+	// person that was interrupted is over until somebody says it again.
+	service bool
 }
 
 // Progress is how far a run is with one table.
@@ -174,11 +177,18 @@ type progress struct {
 	Matched   int64    `json:"matched"`
 	Total     int64    `json:"total,omitempty"`
 	Unmatched []string `json:"unmatched,omitempty"`
+	Gone      []gone   `json:"gone,omitempty"`      // rows that are to be deleted once all tables are compared
 	Unlisted  int64    `json:"unlisted,omitempty"`  // objects that live and are in no page
 	Defeated  int64    `json:"defeated,omitempty"`  // objects that live behind a tombstone that is newer
 	Watermark int64    `json:"watermark,omitempty"` // ms: the newest change before the run
 	Count     int64    `json:"count"`               // of Clerk's objects
 	Rows      int64    `json:"rows"`                // of the mirror's
+}
+
+// gone is a row of whose object Clerk said at that time (ms) that there is none.
+type gone struct {
+	ID string `json:"id"`
+	At int64  `json:"at"`
 }
 
 func (s *state) of(table string) *progress {
@@ -238,6 +248,9 @@ const (
 	failed    = "failed"
 )
 
+// interrupted is why a run is stopped that a person began and ended. A command of the same kind goes on with it, the service does not.
+const interrupted = "interrupted"
+
 const (
 	// resumable is how old a run may be that is taken up again.
 	resumable = 24 * time.Hour
@@ -281,7 +294,7 @@ func stoppedBy(report *Report, err error) error {
 }
 
 // Reconcile runs a sweep under the lease, from where the last one of its kind was cut off. The error is errBusy's where
-// another process sweeps. What it found and published until an error is in the report, which is nil only where it never began.
+// another process sweeps. When ctx ends the run is over, until Reconcile is called for the same again. What it found and published until an error is in the report, which is nil only where it never began.
 func (s *Sweeper) Reconcile(ctx context.Context, opts Options) (*Report, error) {
 	opts.Kind = cmp.Or(opts.Kind, Full)
 	holder := holderName()
@@ -327,9 +340,6 @@ func (s *Sweeper) reconcile(ctx context.Context, opts Options, holder string, fe
 			report.Checked[table] = p.Checked
 		}
 	}
-	if s.last, err = s.noted(ctx); err != nil {
-		return nil, err
-	}
 	w := &sweep{Sweeper: s, opts: opts, origin: st.Origin, report: report, state: st}
 	w.save = func(ctx context.Context) error {
 		st.Tries = 0
@@ -344,20 +354,25 @@ func (s *Sweeper) reconcile(ctx context.Context, opts Options, holder string, fe
 		return s.recordDrifts(ctx, r.ID, w.table, drifts)
 	}
 	began := time.Now()
-	err = w.run(ctx)
+	if s.last, err = s.noted(ctx); err == nil {
+		err = w.run(ctx)
+	}
 	if errors.Is(context.Cause(ctx), errLeaseLost) {
 		return report, errLeaseLost // the row is another's
 	}
-	if ctx.Err() != nil { // cut off: it stays running, and whoever takes the lease goes on
-		saving, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
-		defer cancel()
+	saving, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+	defer cancel()
+	now := time.Now().UTC()
+	if ctx.Err() != nil && err != nil { // cut off; the service's stays running
+		if !opts.service {
+			r.FinishedAt, r.Status, r.Stopped = &now, stopped, interrupted
+		}
 		if err := s.write(saving, r, st, report); err != nil {
 			s.log.Warn("checkpoint not saved", zap.Error(err))
 		}
 		return report, fmt.Errorf("run %s: %w", r.ID, context.Cause(ctx))
 	}
 	err = stoppedBy(report, err)
-	now := time.Now().UTC()
 	r.FinishedAt, r.Stopped, r.Status = &now, report.Stopped, succeeded
 	switch {
 	case err != nil:
@@ -365,7 +380,7 @@ func (s *Sweeper) reconcile(ctx context.Context, opts Options, holder string, fe
 	case report.Stopped != "":
 		r.Status = stopped
 	}
-	if werr := s.write(ctx, r, st, report); werr != nil {
+	if werr := s.write(saving, r, st, report); werr != nil {
 		return report, errors.Join(err, werr)
 	}
 	fields := []zap.Field{
@@ -395,7 +410,7 @@ func (s *Sweeper) forget(ctx context.Context) {
 	}
 }
 
-// begin takes up a run that was cut off or failed, or starts a new one.
+// begin takes up a run that was cut off, interrupted or failed, or starts a new one.
 func (s *Sweeper) begin(ctx context.Context, opts Options, holder string, fence uint64) (*runRow, *state, error) {
 	now := time.Now().UTC()
 	fresh := &state{Resources: cmpResources(opts.Resources), Force: opts.Force, Tables: map[string]*progress{}, Origin: opts.origin}
@@ -412,7 +427,7 @@ func (s *Sweeper) begin(ctx context.Context, opts Options, holder string, fence 
 	}
 	if len(before) == 1 {
 		r, st := &before[0], &state{}
-		open := r.Status == running || r.Status == failed
+		open := r.Status == running || r.Status == failed || !opts.service && r.Status == stopped && r.Stopped == interrupted
 		if open && now.Sub(r.StartedAt) < resumable && json.Unmarshal([]byte(r.State), st) == nil && st.Tables != nil && st.Tries < maxTries &&
 			slices.Equal(st.Resources, fresh.Resources) && st.Force == fresh.Force && st.Origin == fresh.Origin {
 			if err := s.takeOver(ctx, r, st, holder, fence); err != nil {
@@ -448,14 +463,14 @@ func (s *Sweeper) takeOver(ctx context.Context, r *runRow, st *state, holder str
 		return fmt.Errorf("resume run %s: %w", r.ID, err)
 	}
 	result := s.db.WithContext(ctx).Table("reconcile_runs").Where("id = ? AND lease_rev = ?", r.ID, r.LeaseRev).
-		Updates(map[string]any{"status": running, "error": "", "finished_at": nil, "holder": holder, "lease_rev": fence, "updated_at": time.Now().UTC(), "state": string(body)})
+		Updates(map[string]any{"status": running, "stopped": "", "error": "", "finished_at": nil, "holder": holder, "lease_rev": fence, "updated_at": time.Now().UTC(), "state": string(body)})
 	if result.Error != nil {
 		return fmt.Errorf("resume run %s: %w", r.ID, result.Error)
 	}
 	if result.RowsAffected == 0 {
 		return errLeaseLost
 	}
-	r.Status, r.Error, r.FinishedAt, r.Holder, r.LeaseRev = running, "", nil, holder, fence
+	r.Status, r.Stopped, r.Error, r.FinishedAt, r.Holder, r.LeaseRev = running, "", "", nil, holder, fence
 	return nil
 }
 

@@ -88,7 +88,7 @@ type sweep struct {
 	room            room
 }
 
-// run sweeps the tables that are not done yet.
+// run sweeps the tables that are not done yet, and then deletes what is gone.
 func (w *sweep) run(ctx context.Context) error {
 	w.saved = time.Now()
 	for _, table := range w.state.Resources {
@@ -116,7 +116,7 @@ func (w *sweep) run(ctx context.Context) error {
 			return err
 		}
 	}
-	return nil
+	return w.remove(ctx)
 }
 
 func (w *sweep) checked() int64 { return w.at.Checked + w.tail.checked }
@@ -609,15 +609,15 @@ func organizationOf(c *candidate) string {
 	return cmp.Or(gjson.GetBytes(raw, "organization.id").Str, gjson.GetBytes(raw, "organization_id").Str)
 }
 
-// extras deletes the rows for which Clerk has no object: after asking for each, and only if they are few.
+// extras finds the rows for which Clerk has no object, after asking for each, and stops the run where they are not few.
 func (w *sweep) extras(ctx context.Context) error {
 	ids := w.at.Unmatched
 	slices.Sort(ids)
 	ids = slices.DeleteFunc(slices.Compact(ids), func(id string) bool { _, met := w.met[id]; return met })
+	w.at.Unlisted, w.at.Gone = 0, nil
 	if len(ids) == 0 {
 		return nil
 	}
-	w.at.Unlisted = 0
 	rows := w.matched() + int64(len(ids))
 	limit := w.cfg.limit(rows)
 	if w.opts.Force || w.opts.Kind == verification {
@@ -626,39 +626,52 @@ func (w *sweep) extras(ctx context.Context) error {
 	if len(ids) > maxUnknown && !w.opts.Force && w.opts.Kind != verification {
 		return stopError(fmt.Sprintf("%s: more than %d of %d rows are not in Clerk's pages: nothing was deleted", w.table, maxUnknown, rows))
 	}
-	var confirmed []*candidate
 	for chunk := range slices.Chunk(ids, 100) {
-		some, err := w.confirm(ctx, chunk)
+		confirmed, err := w.confirm(ctx, chunk)
 		if err != nil {
 			return err
 		}
-		confirmed = append(confirmed, some...)
-		if int64(len(confirmed)) > limit {
+		for _, c := range confirmed {
+			w.at.Gone = append(w.at.Gone, gone{ID: c.object.ID, At: c.object.readAt.UnixMilli()})
+		}
+		if int64(len(w.at.Gone)) > limit {
 			return stopError(fmt.Sprintf("%s: at least %d of %d rows are unknown to Clerk, more than the %d that may be deleted unasked: nothing was deleted (a wrong key looks just like that; --force deletes them)",
-				w.table, len(confirmed), rows, limit))
+				w.table, len(w.at.Gone), rows, limit))
 		}
 	}
-	if len(confirmed) > 0 && w.matched()+w.at.Unlisted == 0 && rows > 1 && !w.opts.Force && w.opts.Kind != verification && w.checked() > 0 {
+	if len(w.at.Gone) > 0 && w.matched()+w.at.Unlisted == 0 && rows > 1 && !w.opts.Force && w.opts.Kind != verification && w.checked() > 0 {
 		return stopError(fmt.Sprintf("%s: Clerk knows none of the %d rows: nothing was deleted (a wrong key looks just like that; --force deletes them)", w.table, rows))
 	}
-	if len(confirmed) == 0 {
-		return nil
-	}
-	if w.opts.Kind == verification { // a delete may be on its way, and is then no drift
-		if err := sleep(ctx, w.cfg.Pause-time.Since(w.lastRead)); err != nil {
-			return err
+	return nil
+}
+
+// remove deletes what extras found in all tables. Nothing goes before every table has shown that few do: a wrong key or instance
+// may look right for a while.
+func (w *sweep) remove(ctx context.Context) error {
+	for _, table := range w.state.Resources {
+		w.table, w.at = table, w.state.of(table)
+		if len(w.at.Gone) > 0 && w.opts.Kind == verification { // a delete may be on its way, and is then no drift
+			if err := sleep(ctx, w.cfg.Pause-time.Since(w.lastRead)); err != nil {
+				return err
+			}
 		}
-	}
-	for chunk := range slices.Chunk(confirmed, rowPage) {
-		if err := w.remove(ctx, chunk); err != nil {
-			return err
+		for len(w.at.Gone) > 0 {
+			n := min(len(w.at.Gone), rowPage)
+			candidates := make([]*candidate, n)
+			for i, g := range w.at.Gone[:n] {
+				candidates[i] = &candidate{object: &object{clerk.Object{ID: g.ID}, time.UnixMilli(g.At)}, verdict: verdict{drift: Extra}}
+			}
+			if err := w.removePage(ctx, candidates); err != nil {
+				return err
+			}
+			w.at.Gone = w.at.Gone[n:]
 		}
 	}
 	return nil
 }
 
-// remove settles rows whose objects are gone.
-func (w *sweep) remove(ctx context.Context, candidates []*candidate) error {
+// removePage settles rows whose objects are gone.
+func (w *sweep) removePage(ctx context.Context, candidates []*candidate) error {
 	var result []*candidate
 	for round := 1; len(candidates) > 0; round++ {
 		left, err := w.stillLiving(ctx, candidates)

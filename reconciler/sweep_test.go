@@ -201,6 +201,38 @@ func TestManyExtrasStopTheRunUnlessForced(t *testing.T) {
 	assert.Zero(t, w.verify().Drift.Sum())
 }
 
+// A table that stops the run comes after others, of which little is to go: nothing goes of those either.
+func TestATableThatStopsTheRunKeepsTheDeletesOfAllOthers(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, dbtest.SQLite(t), emulator.APIConfig{})
+	w.tell(120, all)
+	removeOf := func(table string, n int) {
+		for id := range w.living(table) {
+			if n--; n < 0 {
+				return
+			}
+			_, ok := w.clerk.Remove(table, id)
+			require.True(t, ok)
+		}
+	}
+	removeOf("users", 2)
+	removeOf("organization_memberships", len(w.living("organization_memberships"))/2)
+	users, memberships := w.living("users"), w.living("organization_memberships")
+	report, err := w.full(reconciler.Options{})
+	require.NoError(t, err)
+	assert.Contains(t, report.Stopped, "organization_memberships: at least")
+	assert.Zero(t, report.Drift.Extra)
+	assert.Empty(t, w.settle())
+	assert.Equal(t, users, w.living("users"))
+	assert.Equal(t, memberships, w.living("organization_memberships"))
+	report, err = w.full(reconciler.Options{Force: true})
+	require.NoError(t, err)
+	assert.Empty(t, report.Stopped)
+	assert.GreaterOrEqual(t, report.Drift.Extra, int64(2+len(memberships)/2))
+	w.settle()
+	assert.Zero(t, w.verify().Drift.Sum())
+}
+
 func TestUsersComeAndGoDuringTheSweep(t *testing.T) {
 	t.Parallel()
 	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {

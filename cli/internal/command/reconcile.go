@@ -194,6 +194,9 @@ func (c *cli) printReport(o output, report *reconciler.Report, dryRun, publishes
 	}
 	if report.Stopped != "" {
 		_, _ = fmt.Fprintln(w, "\nstopped: "+report.Stopped)
+		if strings.Contains(report.Stopped, "--force") {
+			_, _ = fmt.Fprintln(w, "\nTo see what would be deleted: usher reconcile --full --dry-run --force\nTo delete it:                 usher reconcile --full --force")
+		}
 	}
 	return nil
 }

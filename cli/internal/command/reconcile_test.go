@@ -2,6 +2,7 @@ package command
 
 import (
 	"context"
+	"fmt"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
@@ -121,6 +122,46 @@ func TestBackfillFillsAnEmptyMirrorAndSaysSoInItsEvents(t *testing.T) {
 		assert.Equal(t, []string{"backfill"}, origins)
 		again := r.report(exitOK, "backfill")
 		assert.Zero(t, again.Published)
+	})
+}
+
+// What more rows than may be deleted unasked look like to who runs the command, and how to go on.
+func TestManyDeletesNeedForce(t *testing.T) {
+	t.Parallel()
+	eachDatabase(t, func(t *testing.T, url string) {
+		r, clerk, _ := clerkRoad(t, url, emulator.Config{Seed: 3, NULs: true})
+		told := stories(300)
+		r.deliver(clerk, told, emulator.Faults{Drop: .1, Duplicate: .1, Reorder: .3})
+		if n := 0; told < 10_000 { // there are enough in a long story
+			for o := range clerk.Objects("users") {
+				if n++; n%10 == 0 {
+					clerk.Remove("users", o.ID)
+				}
+			}
+		}
+		living := func() (n int64) {
+			require.NoError(t, r.db.Table("users").Where("deleted_at IS NULL").Count(&n).Error)
+			return n
+		}
+		extra := r.report(exitNo, "verify").Drift.Extra
+		before := living()
+
+		result := r.Run("reconcile", "--full").want(exitNo)
+		t.Logf("%d are extra:\n%s", extra, result.out)
+		assert.Regexp(t, `stopped: \w+: at least \d+ of \d+ rows are unknown to Clerk, more than the \d+ that may be deleted unasked: nothing was deleted`, result.out)
+		assert.Contains(t, result.out, "usher reconcile --full --force")
+		assert.NotEmpty(t, r.report(exitNo, "reconcile", "--full").Stopped)
+		r.quiet()
+		assert.GreaterOrEqual(t, living(), before, "nothing was deleted, of no table")
+		after := r.report(exitNo, "verify").Drift
+		assert.Equal(t, extra, after.Extra)
+
+		result = r.Run("reconcile", "--full", "--force", "--dry-run").want(exitNo)
+		assert.Contains(t, result.out, fmt.Sprintf("extra %d; published 0", extra))
+		found := r.report(exitOK, "reconcile", "--full", "--force")
+		assert.Equal(t, extra, found.Drift.Extra)
+		r.quiet()
+		assert.Zero(t, r.report(exitOK, "verify").Drift.Sum())
 	})
 }
 
