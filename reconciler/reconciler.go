@@ -203,6 +203,7 @@ func (r *Reconciler) sweep(ctx context.Context, s *source) error {
 	if err != nil || opts.Kind == "" {
 		return err
 	}
+	opts.service = true
 	_, err = s.sweeper.reconcile(ctx, opts, holder, held.fence)
 	return err
 }
@@ -232,10 +233,11 @@ func (s *Sweeper) due(ctx context.Context, cfg Config) (Options, error) {
 		if r.Status == succeeded && r.FinishedAt != nil {
 			success = later(success, *r.FinishedAt)
 		}
-		if r.Status == running && now.Sub(r.StartedAt) < resumable && st.Tries < maxTries {
-			return Options{Kind: r.Kind, Resources: st.Resources, Force: st.Force, origin: st.Origin}, nil
+		// A forced one is a person's, and only a person goes on with it.
+		if r.Status == running && now.Sub(r.StartedAt) < resumable && st.Tries < maxTries && !st.Force {
+			return Options{Kind: r.Kind, Resources: st.Resources, origin: st.Origin}, nil
 		}
-		if !whole || r.Status == running || r.Status == failed {
+		if !whole || r.Status == running || r.Status == failed || r.Stopped == interrupted {
 			continue
 		}
 		if lastAny = later(lastAny, r.StartedAt); r.Kind != Incremental {
