@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/url"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -31,7 +32,7 @@ const (
 
 // fault is an error of one request.
 type fault struct {
-	kind   error // one of the five
+	kind   error // one of those in clerk.go
 	status int
 	code   string // Clerk's own, of a JSON error
 	cause  error
@@ -151,7 +152,7 @@ func (c *Client) request(ctx context.Context, method, path string, query url.Val
 	if err != nil && resp.StatusCode < 300 {
 		return "", c.broken(ctx, err)
 	}
-	if f := judge(resp.StatusCode, body.String(), id); f != nil {
+	if f := judge(resp.StatusCode, body.String(), path, id); f != nil {
 		return "", f
 	}
 	return body.String(), nil
@@ -171,8 +172,26 @@ func (c *Client) broken(ctx context.Context, err error) error {
 
 var named = regexp.MustCompile(`with id ['"]?([A-Za-z0-9_-]+)`)
 
+// switchedOff tells whether an error says that the instance does without a feature. Clerk's catalogue has a code for each of them:
+// organization_not_enabled_in_instance (organizations_… in older ones) for all that belongs to organizations,
+// organization_domains_not_enabled, billing_not_enabled, and feature_not_enabled for the rest. It says 403 with most of them. Some instances
+// have been seen to answer for the list of a whole table as if there were no such thing, with 404 and resource_not_found.
+func switchedOff(status int, code, path string) bool {
+	if status < 400 || status >= 500 {
+		return false
+	}
+	switch code {
+	case "organization_domains_not_enabled", "billing_not_enabled", "feature_not_enabled":
+		return true
+	case "resource_not_found":
+		return status == http.StatusNotFound && slices.ContainsFunc(resources, func(r resource) bool { return r.optional && r.path == path })
+	default:
+		return strings.HasSuffix(code, "_not_enabled_in_instance")
+	}
+}
+
 // judge decides what an answer is. The status decides first, the body only where the status leaves a doubt.
-func judge(status int, body string, id string) *fault {
+func judge(status int, body, path, id string) *fault {
 	f := &fault{status: status}
 	if gjson.Valid(body) {
 		if status >= 400 {
@@ -185,6 +204,8 @@ func judge(status int, body string, id string) *fault {
 		}
 	}
 	switch {
+	case status != http.StatusUnauthorized && status != http.StatusTooManyRequests && switchedOff(status, f.code, path):
+		f.kind = ErrNotEnabled
 	case status == http.StatusUnauthorized, status == http.StatusForbidden:
 		f.kind = ErrUnauthorized
 	case status == http.StatusTooManyRequests:

@@ -34,6 +34,9 @@ var (
 	ErrNotFound = errors.New("not found")
 	// ErrUnauthorized is a key that Clerk does not accept, or not for this.
 	ErrUnauthorized = errors.New("unauthorized")
+	// ErrNotEnabled is Clerk's word that the instance does without the feature that the resource belongs to, as most do without
+	// organizations. Nothing follows from it for objects that there were when it had the feature.
+	ErrNotEnabled = errors.New("not enabled in the instance")
 	// ErrLimited is Clerk's rate limit, after all the waiting that a call may do.
 	ErrLimited = errors.New("rate limited")
 	// ErrUnavailable is an API that cannot be reached or that fails, after all tries.

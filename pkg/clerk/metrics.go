@@ -17,7 +17,7 @@ type metrics struct {
 
 // results are the closed set of what can become of a request, with the error of each.
 var results = map[string]error{
-	"not_found": ErrNotFound, "unauthorized": ErrUnauthorized, "limited": ErrLimited, "unavailable": ErrUnavailable, "unreadable": ErrUnreadable,
+	"not_found": ErrNotFound, "unauthorized": ErrUnauthorized, "not_enabled": ErrNotEnabled, "limited": ErrLimited, "unavailable": ErrUnavailable, "unreadable": ErrUnreadable,
 }
 
 func newMetrics(reg prometheus.Registerer) (*metrics, error) {

@@ -48,18 +48,19 @@ type resource struct {
 	cursor           bool   // starting_after
 	created, updated bool   // can be ordered by created_at, updated_at
 	addressable      bool   // has one address for each object
+	optional         bool   // belongs to a feature that an instance may do without
 }
 
 var resources = []resource{
 	{name: "users", path: "/users", array: true, cursor: true, created: true, updated: true, addressable: true},
-	{name: "organizations", path: "/organizations", created: true, addressable: true},
-	{name: "organization_memberships", path: "/organization_memberships", below: "/memberships", created: true},
+	{name: "organizations", path: "/organizations", created: true, addressable: true, optional: true},
+	{name: "organization_memberships", path: "/organization_memberships", below: "/memberships", created: true, optional: true},
 	// Of these two it is not documented that the instance's list can be ordered.
-	{name: "organization_invitations", path: "/organization_invitations", below: "/invitations"},
-	{name: "organization_domains", path: "/organization_domains", below: "/domains"},
-	{name: "roles", path: "/organization_roles", created: true},
-	{name: "permissions", path: "/organization_permissions", created: true},
-	{name: "waitlist_entries", path: "/waitlist_entries", created: true},
+	{name: "organization_invitations", path: "/organization_invitations", below: "/invitations", optional: true},
+	{name: "organization_domains", path: "/organization_domains", below: "/domains", optional: true},
+	{name: "roles", path: "/organization_roles", created: true, optional: true},
+	{name: "permissions", path: "/organization_permissions", created: true, optional: true},
+	{name: "waitlist_entries", path: "/waitlist_entries", created: true, optional: true},
 }
 
 // sessions can be read one by one and of one user only.
@@ -85,6 +86,12 @@ func Sorted(resource string, order Order) bool {
 func Addressable(resource string) bool {
 	r, err := lookup(resource)
 	return err == nil && r.addressable
+}
+
+// Optional tells whether a resource belongs to a feature that an instance may do without: reading it may be [ErrNotEnabled].
+func Optional(resource string) bool {
+	r, err := lookup(resource)
+	return err == nil && r.optional
 }
 
 func lookup(name string) (resource, error) {

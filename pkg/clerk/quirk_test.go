@@ -52,7 +52,7 @@ func near(t *testing.T, api http.Handler, change ...func(*clerk.Config)) *clerk.
 	return c
 }
 
-var kinds = []error{clerk.ErrNotFound, clerk.ErrUnauthorized, clerk.ErrLimited, clerk.ErrUnavailable, clerk.ErrUnreadable, context.Canceled, context.DeadlineExceeded}
+var kinds = []error{clerk.ErrNotFound, clerk.ErrUnauthorized, clerk.ErrNotEnabled, clerk.ErrLimited, clerk.ErrUnavailable, clerk.ErrUnreadable, context.Canceled, context.DeadlineExceeded}
 
 // isOnly asserts that an error wraps exactly this one of the kinds.
 func isOnly(t *testing.T, err, kind error) {
@@ -778,7 +778,7 @@ func TestRequestsAreCounted(t *testing.T) {
 	require.ErrorIs(t, err, clerk.ErrNotFound)
 	var want strings.Builder
 	want.WriteString("# HELP usher_clerk_requests_total Requests to Clerk's Backend API by what became of them.\n# TYPE usher_clerk_requests_total counter\n")
-	for _, result := range []string{"canceled", "limited", "not_found", "ok", "unauthorized", "unavailable", "unreadable"} {
+	for _, result := range []string{"canceled", "limited", "not_enabled", "not_found", "ok", "unauthorized", "unavailable", "unreadable"} {
 		n := 0
 		if result == "ok" || result == "not_found" {
 			n = 1
@@ -786,4 +786,68 @@ func TestRequestsAreCounted(t *testing.T) {
 		fmt.Fprintf(&want, "usher_clerk_requests_total{result=%q} %d\n", result, n)
 	}
 	require.NoError(t, testutil.GatherAndCompare(reg, strings.NewReader(want.String()), "usher_clerk_requests_total"))
+}
+
+// An absent feature is neither a wrong key nor an absent object.
+func TestAFeatureThatIsOffIsNotEnabled(t *testing.T) {
+	t.Parallel()
+	story := told(40)
+	member := alive(story, "organization_memberships")[0]
+	off := []emulator.Feature{emulator.Organizations, emulator.Waitlist}
+	for name, api := range map[string]*emulator.API{
+		"forbidden": story.API(emulator.APIConfig{Without: off}), "not found": story.API(emulator.APIConfig{Without: off, AbsentIsNotFound: true}),
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			c := near(t, api)
+			for _, resource := range clerk.Resources() {
+				before := api.Requests()
+				_, countErr := c.Count(t.Context(), resource)
+				_, _, listErr := read(t.Context(), c, resource, clerk.Created, "")
+				_, _, latestErr := c.Latest(t.Context(), resource)
+				if !clerk.Optional(resource) {
+					require.NoError(t, errors.Join(countErr, listErr, latestErr), resource)
+					continue
+				}
+				isOnly(t, countErr, clerk.ErrNotEnabled)
+				isOnly(t, listErr, clerk.ErrNotEnabled)
+				isOnly(t, latestErr, clerk.ErrNotEnabled)
+				require.Equal(t, 3, api.Requests()-before, "%s, %s: it is not asked again", name, resource)
+			}
+			_, _, err := c.Find(t.Context(), "organization_memberships", member, "")
+			isOnly(t, err, clerk.ErrNotEnabled)
+		})
+	}
+	require.False(t, clerk.Optional("users"))
+	require.False(t, clerk.Optional("sessions"))
+
+	for name, test := range map[string]struct {
+		resource string
+		status   int
+		code     string
+		kind     error
+	}{
+		"as Clerk says it":         {"organizations", 403, "organization_not_enabled_in_instance", clerk.ErrNotEnabled},
+		"as Clerk said it":         {"organizations", 403, "organizations_not_enabled_in_instance", clerk.ErrNotEnabled},
+		"of domains":               {"organization_domains", 403, "organization_domains_not_enabled", clerk.ErrNotEnabled},
+		"of another feature":       {"waitlist_entries", 403, "feature_not_enabled", clerk.ErrNotEnabled},
+		"with another status":      {"roles", 400, "billing_not_enabled", clerk.ErrNotEnabled},
+		"no such list":             {"roles", 404, "resource_not_found", clerk.ErrNotEnabled},
+		"no such list of users":    {"users", 404, "resource_not_found", clerk.ErrUnreadable},
+		"no such path":             {"roles", 404, "not_found", clerk.ErrUnreadable},
+		"forbidden":                {"roles", 403, "authorization_invalid", clerk.ErrUnauthorized},
+		"the key, whatever else":   {"roles", 401, "feature_not_enabled", clerk.ErrUnauthorized},
+		"the limit, whatever else": {"roles", 429, "feature_not_enabled", clerk.ErrLimited},
+		"not by the server":        {"roles", 503, "feature_not_enabled", clerk.ErrUnavailable},
+		"in a 200":                 {"roles", 200, "feature_not_enabled", clerk.ErrUnreadable},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			c := near(t, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+				w.WriteHeader(test.status)
+				_, _ = fmt.Fprintf(w, `{"errors":[{"message":"no","code":%q}]}`, test.code)
+			}))
+			_, err := c.Count(t.Context(), test.resource)
+			t.Log(name, err)
+			isOnly(t, err, test.kind)
+		})
+	}
 }

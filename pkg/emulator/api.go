@@ -44,6 +44,10 @@ type APIConfig struct {
 	Seed  uint64
 	// Delay is how long a slow answer takes, default 100 ms; RetryAfter what a 429 of a mood says, default 1 s.
 	Delay, RetryAfter time.Duration
+	// Without names the features that the instance does without; see [API.SwitchOff]. Clerk answers 403 with a code that says so;
+	// with AbsentIsNotFound 404, as has been seen too.
+	Without          []Feature
+	AbsentIsNotFound bool
 	// Hook sees every request before anything is looked at, so that a test can change the state between two pages.
 	// It runs on the request's goroutine, outside of all locks.
 	Hook func(*http.Request)
@@ -60,6 +64,7 @@ type API struct {
 	rng     *rand.Rand
 	rates   map[Mood]float64
 	script  []Mood
+	without []Feature
 	windows map[string]*window // by key
 	paths   map[string]int
 	total   int
@@ -80,7 +85,7 @@ func (c *Clerk) API(cfg APIConfig) *API {
 		cfg.RetryAfter = time.Second
 	}
 	a := &API{
-		cfg: cfg, clerk: c, mux: http.NewServeMux(), rates: cfg.Moods, windows: map[string]*window{}, paths: map[string]int{},
+		cfg: cfg, clerk: c, mux: http.NewServeMux(), rates: cfg.Moods, without: cfg.Without, windows: map[string]*window{}, paths: map[string]int{},
 		rng: rand.New(rand.NewPCG(cfg.Seed, 0x617069)), // seeded on purpose
 	}
 	for path, serve := range map[string]func(*call){
@@ -164,6 +169,9 @@ func (a *API) serve(w http.ResponseWriter, r *http.Request, serve func(*call)) {
 	delete(c.query, "__clerk_api_version")
 	if (header != "" && param != nil) || (header != "" && !slices.Contains(apiVersions, header)) || (param != nil && !slices.Contains(apiVersions, param[0])) {
 		c.canned(http.StatusBadRequest, "error_400_api_version", "", "")
+		return
+	}
+	if a.absent(c) {
 		return
 	}
 	serve(c)

@@ -421,3 +421,40 @@ func BenchmarkAPI(b *testing.B) {
 	b.ReportMetric(float64(b.N*crowd.Size())/b.Elapsed().Seconds(), "users/s")
 	b.ReportMetric(0, "ns/op")
 }
+
+func TestAPIOfAnInstanceWithoutFeatures(t *testing.T) {
+	t.Parallel()
+	clerk, _ := story(emulator.Config{Seed: 7}, 40)
+	user, organization := living(clerk, "users")[0], living(clerk, "organizations")[0]
+	of := "/organizations/" + organization
+	for _, test := range []struct {
+		feature emulator.Feature
+		code    string
+		paths   []string
+	}{
+		{emulator.Organizations, "organization_not_enabled_in_instance", []string{
+			"/organizations", of, of + "/memberships", of + "/invitations", of + "/domains", "/organization_memberships", "/organization_invitations",
+			"/organization_domains", "/organization_roles", "/organization_permissions", "/users/" + user + "/organization_memberships",
+		}},
+		{emulator.OrganizationDomains, "organization_domains_not_enabled", []string{"/organization_domains", of + "/domains"}},
+		{emulator.Waitlist, "feature_not_enabled", []string{"/waitlist_entries"}},
+	} {
+		api := clerk.API(emulator.APIConfig{Without: []emulator.Feature{test.feature}})
+		hidden := clerk.API(emulator.APIConfig{Without: []emulator.Feature{test.feature}, AbsentIsNotFound: true})
+		for _, path := range test.paths {
+			status, body, _ := ask(t, api, path)
+			require.Equal(t, http.StatusForbidden, status, path)
+			require.Equal(t, test.code, gjson.Get(body, "errors.0.code").Str, path)
+			status, body, _ = ask(t, hidden, path)
+			require.Equal(t, http.StatusNotFound, status, path)
+			require.Equal(t, "resource_not_found", gjson.Get(body, "errors.0.code").Str, path)
+		}
+		status, _, _ := ask(t, api, "/users")
+		require.Equal(t, http.StatusOK, status)
+		api.SwitchOff()
+		for _, path := range test.paths {
+			status, _, _ := ask(t, api, path)
+			require.Equal(t, http.StatusOK, status, "%s: it is on again", path)
+		}
+	}
+}
