@@ -647,7 +647,7 @@ func (l *loop) handle(ctx context.Context, tx *gorm.DB, events []event.Event) (e
 		if r := recover(); r != nil {
 			err = fmt.Errorf("%w: %v", errPanic, r)
 			if len(events) == 1 { // a larger batch is cut down to the one that panics
-				l.log.Error("handler panicked", zap.String("event_id", events[0].ID), zap.Any("panic", r), zap.ByteString("stack", debug.Stack()))
+				l.log.Error("handler panicked", zap.String("event_id", events[0].ID), zap.String("panic", logged(fmt.Sprint(r))), zap.ByteString("stack", debug.Stack()))
 			}
 		}
 	}()
@@ -775,7 +775,7 @@ func (l *loop) settleFailed(verdicts []verdict, of action) {
 		l.metrics.failures.WithLabelValues(name, v.entry.Reason).Inc()
 		fields := []zap.Field{
 			zap.String("event_id", v.event.ID), zap.String("event_type", string(v.event.Type)), zap.String("source", v.event.Source),
-			zap.Uint64("stream_seq", v.event.Seq), zap.Int("attempt", v.entry.Attempts), zap.String("reason", v.entry.Reason), zap.Error(v.err),
+			zap.Uint64("stream_seq", v.event.Seq), zap.Int("attempt", v.entry.Attempts), zap.String("reason", v.entry.Reason), zap.String("error", logged(v.entry.Error)),
 		}
 		if of == retry {
 			l.nak(v.msg, v.delay)
@@ -787,6 +787,15 @@ func (l *loop) settleFailed(verdicts []verdict, of action) {
 		l.metrics.deliveries.WithLabelValues(name, "dead_lettered").Inc()
 		l.log.Error("event dead-lettered", fields...)
 	}
+}
+
+// logged is an error as a log line has it, at most 1 KiB of it on one line: an error may quote a whole event.
+func logged(text string) string {
+	const most = 1 << 10
+	if text = deadletter.OneLine(text); len(text) > most {
+		text = strings.ToValidUTF8(text[:most], "") + "…"
+	}
+	return text
 }
 
 // letterWriters is how many letters are put at once.
