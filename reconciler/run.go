@@ -77,8 +77,6 @@ type Sweeper struct {
 	publisher publisher
 	log       *zap.Logger
 	metrics   *Metrics
-
-	last map[string]*progress // what the last successful run noted
 }
 
 // NewSweeper neither dials nor reads.
@@ -119,6 +117,7 @@ type Progress struct {
 // Report is what a run found and did.
 type Report struct {
 	Checked   map[string]int64 `json:"checked"`
+	Absent    []string         `json:"not_enabled,omitempty"` // tables whose feature the instance does without: not compared
 	Drift     Counts           `json:"drift"`
 	Published int64            `json:"published"`
 	Stopped   string           `json:"stopped"`
@@ -177,12 +176,13 @@ type progress struct {
 	Matched   int64    `json:"matched"`
 	Total     int64    `json:"total,omitempty"`
 	Unmatched []string `json:"unmatched,omitempty"`
-	Gone      []gone   `json:"gone,omitempty"`      // rows that are to be deleted once all tables are compared
-	Unlisted  int64    `json:"unlisted,omitempty"`  // objects that live and are in no page
-	Defeated  int64    `json:"defeated,omitempty"`  // objects that live behind a tombstone that is newer
-	Watermark int64    `json:"watermark,omitempty"` // ms: the newest change before the run
-	Count     int64    `json:"count"`               // of Clerk's objects
-	Rows      int64    `json:"rows"`                // of the mirror's
+	Gone      []gone   `json:"gone,omitempty"`        // rows that are to be deleted once all tables are compared
+	Unlisted  int64    `json:"unlisted,omitempty"`    // objects that live and are in no page
+	Defeated  int64    `json:"defeated,omitempty"`    // objects that live behind a tombstone that is newer
+	Absent    bool     `json:"not_enabled,omitempty"` // the instance does without the feature: nothing was compared
+	Watermark int64    `json:"watermark,omitempty"`   // ms: the newest change before the run
+	Count     int64    `json:"count"`                 // of Clerk's objects
+	Rows      int64    `json:"rows"`                  // of the mirror's
 }
 
 // gone is a row of whose object Clerk said at that time (ms) that there is none.
@@ -354,7 +354,7 @@ func (s *Sweeper) reconcile(ctx context.Context, opts Options, holder string, fe
 		return s.recordDrifts(ctx, r.ID, w.table, drifts)
 	}
 	began := time.Now()
-	if s.last, err = s.noted(ctx); err == nil {
+	if w.last, err = s.noted(ctx); err == nil {
 		err = w.run(ctx)
 	}
 	if errors.Is(context.Cause(ctx), errLeaseLost) {

@@ -3,6 +3,7 @@ package reconciler
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"hash/maphash"
 	"iter"
@@ -71,6 +72,7 @@ type sweep struct {
 	origin event.Origin
 	report *Report
 	state  *state
+	last   map[string]*progress            // what the last successful runs noted of each table
 	save   func(ctx context.Context) error // the checkpoint; nil for none
 	record func(ctx context.Context, drifts []drift) error
 
@@ -98,14 +100,16 @@ func (w *sweep) run(ctx context.Context) error {
 		if w.at.Done {
 			continue
 		}
-		if err := w.known(ctx); err != nil {
-			return err
-		}
 		sweepTable := w.full
 		if w.opts.Kind == Incremental {
 			sweepTable = w.incremental
 		}
-		if err := sweepTable(ctx); err != nil {
+		err := sweepTable(ctx)
+		if clerk.Optional(table) && errors.Is(err, clerk.ErrNotEnabled) {
+			w.skip()
+			err = nil
+		}
+		if err != nil {
 			return fmt.Errorf("sweep %s: %w", table, err)
 		}
 		w.at.Checked, w.at.Matched = w.checked(), w.matched()
@@ -116,7 +120,25 @@ func (w *sweep) run(ctx context.Context) error {
 			return err
 		}
 	}
-	return w.remove(ctx)
+	if err := w.remove(ctx); err != nil {
+		return err
+	}
+	for _, table := range w.state.Resources {
+		if w.state.of(table).Absent {
+			w.report.Absent = append(w.report.Absent, table)
+		}
+	}
+	return nil
+}
+
+// skip takes a table for done that belongs to a feature that the instance does without. Its rows stay as they are: that nobody can read an object
+// does not say that it is gone.
+func (w *sweep) skip() {
+	*w.at = progress{Absent: true}
+	w.restart()
+	if last := w.last[w.table]; w.opts.Kind == verification || last == nil || !last.Absent { // once, not with every run
+		w.log.Info("Clerk has not enabled this resource in the instance: not compared", zap.String("resource", w.table))
+	}
 }
 
 func (w *sweep) checked() int64 { return w.at.Checked + w.tail.checked }
@@ -343,7 +365,7 @@ func (w *sweep) page(ctx context.Context, page clerk.Page) error {
 // where Clerk's count and the mirror's no longer differ by what they did.
 func (w *sweep) incremental(ctx context.Context) error {
 	last := w.last[w.table]
-	if !last.Done || w.at.Cursor != "" {
+	if !last.Done || last.Absent || w.at.Cursor != "" {
 		return w.full(ctx) // there is nothing yet to go on from, or it was cut off in the midst of sweeping whole
 	}
 	count, err := w.api.Count(ctx, w.table)
@@ -653,6 +675,14 @@ func (w *sweep) remove(ctx context.Context) error {
 		if len(w.at.Gone) > 0 && w.opts.Kind == verification { // a delete may be on its way, and is then no drift
 			if err := sleep(ctx, w.cfg.Pause-time.Since(w.lastRead)); err != nil {
 				return err
+			}
+		}
+		if len(w.at.Gone) > 0 && clerk.Optional(table) {
+			// Where the feature was switched off since the table was compared, Clerk knew none of its objects.
+			if _, err := w.api.Count(ctx, table); errors.Is(err, clerk.ErrNotEnabled) {
+				w.skip()
+			} else if err != nil {
+				return fmt.Errorf("count: %w", err)
 			}
 		}
 		for len(w.at.Gone) > 0 {
