@@ -13,13 +13,13 @@ import (
 
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/spf13/cobra"
-	"github.com/tidwall/gjson"
 	"gorm.io/gorm"
 
 	"github.com/usherhq/usher/pkg/audit"
 	"github.com/usherhq/usher/pkg/config"
 	"github.com/usherhq/usher/pkg/deadletter"
 	"github.com/usherhq/usher/pkg/event"
+	"github.com/usherhq/usher/pkg/stream"
 	"github.com/usherhq/usher/worker"
 )
 
@@ -239,8 +239,7 @@ func (c *cli) showLetter(ctx context.Context, id, handler string) (shownLetter, 
 		for name, values := range record.Header {
 			letter.Headers[name] = strings.Join(values, ", ")
 		}
-		typ := event.Type(cmp.Or(letter.Type, gjson.GetBytes(record.Event.Raw, "type").String()))
-		letter.Body, letter.BodyNote = mask(typ, record.Event.Raw)
+		letter.Body, letter.BodyNote = mask(event.Type(cmp.Or(letter.Type, letter.Headers[stream.HeaderType])), record.Event.Raw)
 	}
 	return letter, nil
 }

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -363,7 +364,7 @@ func (r *reach) body(ctx context.Context, e Head) (body json.RawMessage, note st
 	case cmp.Or(msg.Header.Get(stream.HeaderEventID), e.ID) != e.ID:
 		return nil, "no longer in the stream (another event has its place: the stream was made anew)"
 	}
-	return mask(event.Type(cmp.Or(e.Type, gjson.GetBytes(msg.Data, "type").String())), msg.Data)
+	return mask(event.Type(cmp.Or(e.Type, msg.Header.Get(stream.HeaderType))), msg.Data)
 }
 
 func getMsg(ctx context.Context, js jetstream.JetStream, seq uint64) (*jetstream.RawStreamMsg, error) {
@@ -378,19 +379,27 @@ func getMsg(ctx context.Context, js jetstream.JetStream, seq uint64) (*jetstream
 	return msg, nil
 }
 
-// mask hides what a mail or a text message told its receiver. Other bodies stay as they are.
+// messageLike is what a mail or a text message has and other events have not, for bodies that cannot be decoded. Better one
+// body too many is withheld.
+var messageLike = regexp.MustCompile(`(?i)"(email|sms)\.|"object"\s*:\s*"(email|sms_message)"|"(ema|sms)_[0-9a-z]|otp_code|body_plain|magic_link`)
+
+// mask hides what a mail or a text message told its receiver. Other bodies stay as they are. The type is that of the log, empty where
+// the body could not be decoded.
 func mask(t event.Type, body []byte) (json.RawMessage, string) {
-	if !json.Valid(body) {
-		if hasSecrets(t) {
-			return nil, "withheld: a mail or text message that is no JSON cannot be masked"
-		}
+	isJSON, secret := json.Valid(body), hasSecrets(t)
+	if t == "" || !isJSON {
+		secret = secret || hasSecrets(event.Type(gjson.GetBytes(body, "type").String())) || messageLike.Match(body)
+	}
+	switch {
+	case !isJSON && secret:
+		return nil, "withheld: a mail or text message that is no JSON cannot be masked"
+	case !isJSON:
 		text, err := json.Marshal(string(body))
 		if err != nil {
 			return nil, "not shown: " + err.Error()
 		}
 		return text, "no JSON"
-	}
-	if !hasSecrets(t) {
+	case !secret:
 		return body, ""
 	}
 	var envelope map[string]any

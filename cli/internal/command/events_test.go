@@ -267,6 +267,31 @@ func TestUndecodableEventsAreShownAsText(t *testing.T) {
 	assert.Contains(t, r.Run("events", "list").want(exitOK).out, "(undecodable)")
 }
 
+func TestACutMailIsWithheld(t *testing.T) {
+	t.Parallel()
+	r := newRoad(t, "sqlite:"+filepath.Join(t.TempDir(), "usher.db"))
+	var cut []string
+	for _, typ := range []string{"email.created", "sms.created"} {
+		body, err := fixture.Make(typ)
+		require.NoError(t, err)
+		require.Contains(t, string(body), "123456")
+		for _, n := range []int{3, 20, 60} { // the type, too, is cut, or gone
+			res := r.RunIn(t.Context(), string(body[:len(body)-n]), "trigger", "--url", r.ingest, "--from-file", "-", "-o", "ndjson").want(exitOK)
+			cut = append(cut, lines[sent](res)[0].ID)
+		}
+	}
+	r.settled(cut...)
+	for _, id := range cut {
+		for _, command := range []string{"events", "dlq"} {
+			for _, format := range []string{"table", "json", "ndjson"} {
+				out := r.Run(command, "show", id, "-o", format).want(exitOK).out
+				assert.NotContains(t, out, "123456")
+				assert.Contains(t, out, "withheld")
+			}
+		}
+	}
+}
+
 func TestMaskKeepsOtherBodiesAndHidesEveryCode(t *testing.T) {
 	t.Parallel()
 	body := []byte(`{"data":{"body":"kept"},"type":"user.created"}`)
@@ -281,6 +306,11 @@ func TestMaskKeepsOtherBodiesAndHidesEveryCode(t *testing.T) {
 	assert.Contains(t, note, "withheld")
 	out, _ = mask("sms.created", []byte(`{"data":"123456"}`))
 	assert.NotContains(t, string(out), "123456")
+	out, _ = mask("", []byte(`{"data":{"object":"sms_message","message":"123456"}}`)) // without a type
+	assert.NotContains(t, string(out), "123456")
+	out, note = mask("", []byte(`{"data":{"object":"user","email_addresses":[{"object":"email_address"}]},"type":"user.cr`))
+	assert.NotEmpty(t, out)
+	assert.Equal(t, "no JSON", note)
 	out, _ = mask("sms.created", []byte(`["123456"]`))
 	assert.NotContains(t, string(out), "123456")
 }
