@@ -93,6 +93,16 @@ type sweep struct {
 // run sweeps the tables that are not done yet, and then deletes what is gone.
 func (w *sweep) run(ctx context.Context) error {
 	w.saved = time.Now()
+	defer func() {
+		for _, table := range w.state.Resources {
+			if w.state.of(table).Absent {
+				w.report.Absent = append(w.report.Absent, table)
+			}
+		}
+	}()
+	if err := w.known(ctx); err != nil {
+		return err
+	}
 	for _, table := range w.state.Resources {
 		w.table, w.at = table, w.state.of(table)
 		w.queue, w.waiting, w.met, w.rereads = nil, 0, map[string]struct{}{}, 0
@@ -120,23 +130,15 @@ func (w *sweep) run(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := w.remove(ctx); err != nil {
-		return err
-	}
-	for _, table := range w.state.Resources {
-		if w.state.of(table).Absent {
-			w.report.Absent = append(w.report.Absent, table)
-		}
-	}
-	return nil
+	return w.remove(ctx)
 }
 
-// skip takes a table for done that belongs to a feature that the instance does without. Its rows stay as they are: that nobody can read an object
-// does not say that it is gone.
+// skip takes a table for done whose feature the instance does without. Its rows stay as they are: an object that nobody can read
+// need not be gone.
 func (w *sweep) skip() {
-	*w.at = progress{Absent: true}
-	w.restart()
-	if last := w.last[w.table]; w.opts.Kind == verification || last == nil || !last.Absent { // once, not with every run
+	*w.at = progress{Absent: true, Done: true}
+	w.tail.checked, w.tail.matched, w.report.Checked[w.table] = 0, 0, 0
+	if last := w.last[w.table]; last == nil || !last.Absent { // said once, not by every run
 		w.log.Info("Clerk has not enabled this resource in the instance: not compared", zap.String("resource", w.table))
 	}
 }
@@ -160,13 +162,13 @@ func (w *sweep) checkpoint(ctx context.Context) error {
 }
 
 // known stops a run against another instance before it publishes anything of it: of the oldest and the newest users
-// of the mirror, Clerk must know one.
+// of the mirror, Clerk must know one, whatever the run is about.
 func (w *sweep) known(ctx context.Context) error {
-	if w.table != "users" || w.opts.Force || w.at.Cursor != "" {
+	if w.opts.Force {
 		return nil
 	}
-	const each, enough = 3, 3
-	ids, err := w.books.ends(ctx, w.table, each)
+	const table, each, enough = "users", 3, 3
+	ids, err := w.books.ends(ctx, table, each)
 	if err != nil {
 		return err
 	}
@@ -174,7 +176,7 @@ func (w *sweep) known(ctx context.Context) error {
 		return nil
 	}
 	for _, id := range ids {
-		_, there, err := w.api.Find(ctx, w.table, id, "")
+		_, there, err := w.api.Find(ctx, table, id, "")
 		if err != nil {
 			return err
 		}
@@ -452,6 +454,9 @@ func (w *sweep) changes(ctx context.Context, since int64) error {
 	return nil
 }
 
+// filling tells whether this is a backfill, or the first sweep of a source, which is one in effect.
+func (w *sweep) filling() bool { return w.origin == event.OriginBackfill }
+
 // push queues the candidates of a page and settles those that have waited long enough.
 func (w *sweep) push(ctx context.Context, s span) error {
 	w.queue, w.lastRead = append(w.queue, s), s.readAt
@@ -463,7 +468,7 @@ func (w *sweep) push(ctx context.Context, s span) error {
 // or where too many wait.
 func (w *sweep) drain(ctx context.Context, all bool) error {
 	pause := w.cfg.Pause
-	if w.opts.Kind == Backfill {
+	if w.filling() {
 		pause = 0 // nothing is there to lag behind
 	}
 	for len(w.queue) > 0 {
@@ -811,10 +816,10 @@ func (w *sweep) found(ctx context.Context, candidates []*candidate) error {
 		if w.opts.Kind == verification {
 			continue
 		}
-		w.metrics.drift.WithLabelValues(w.table, string(d.drift)).Inc()
-		if w.opts.Kind == Backfill && d.drift == Missing {
+		if w.filling() && d.drift == Missing {
 			continue // what a backfill is for
 		}
+		w.metrics.drift.WithLabelValues(w.table, string(d.drift)).Inc()
 		w.log.Warn("drift found", zap.String("resource", w.table), zap.String("drift", string(d.drift)), zap.String("object_id", d.id),
 			zap.String("event_type", string(d.event.Type)), zap.String("event_id", d.eventID), zap.String("origin", string(w.origin)), zap.Bool("defeated", d.defeated))
 	}
