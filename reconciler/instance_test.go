@@ -50,4 +50,3 @@ func TestTheKeyOfAnotherInstancePublishesNothingOfIt(t *testing.T) {
 	require.NoError(t, err)
 	assert.Empty(t, report.Stopped)
 }
-

@@ -173,7 +173,9 @@ func (c *cli) printReport(o output, report *reconciler.Report, dryRun, publishes
 	}
 	t := newTable(w, "resource", "checked")
 	for _, name := range clerk.Resources() {
-		if n, ok := report.Checked[name]; ok {
+		if slices.Contains(report.Absent, name) {
+			t.row(name, "0 (the instance does without it)")
+		} else if n, ok := report.Checked[name]; ok {
 			t.row(name, strconv.FormatInt(n, 10))
 		}
 	}
@@ -193,7 +195,7 @@ func (c *cli) printReport(o output, report *reconciler.Report, dryRun, publishes
 		return err
 	}
 	if report.Stopped != "" {
-		_, _ = fmt.Fprintln(w, "\nstopped: "+report.Stopped)
+		_, _ = fmt.Fprintln(w, "\nstopped: "+printable(report.Stopped))
 		if strings.Contains(report.Stopped, "--force") {
 			_, _ = fmt.Fprintln(w, "\nTo see what would be deleted: usher reconcile --full --dry-run --force\nTo delete it:                 usher reconcile --full --force")
 		}
