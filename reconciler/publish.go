@@ -138,6 +138,9 @@ func (w *sweep) store(ctx context.Context, drifts []*drift) ([]*drift, error) {
 	err := group.Wait()
 	var known []*drift
 	for i, d := range drifts {
+		if errs[i] != nil && ctx.Err() != nil {
+			continue // cut off, which is no failure
+		}
 		if errs[i] != nil {
 			w.log.Error("event not published", zap.String("event_id", d.event.ID), zap.String("object_id", d.id), zap.Error(errs[i]))
 			continue
@@ -340,10 +343,13 @@ func (w *sweep) backlog(ctx context.Context) (pending int, floor uint64, err err
 	return int(info.NumPending) + info.NumAckPending, info.AckFloor.Stream, nil
 }
 
+// newcomer is how long ago an object was made at most whose first event may be on its way.
+const newcomer = time.Hour
+
 // landed takes out the candidates for which an event is still on its way.
 func (w *sweep) landed(ctx context.Context, candidates []*candidate) ([]*candidate, error) {
-	if len(candidates) == 0 || w.opts.Kind == Backfill {
-		return candidates, nil
+	if len(candidates) == 0 {
+		return nil, nil
 	}
 	pending, floor, err := w.backlog(ctx)
 	if err != nil || pending == 0 {
@@ -355,6 +361,10 @@ func (w *sweep) landed(ctx context.Context, candidates []*candidate) ([]*candida
 	}
 	var left []*candidate
 	for _, c := range candidates {
+		if w.filling() && c.verdict.drift == Missing && c.object.readAt.UnixMilli()-event.Millis(c.object.CreatedAt) > newcomer.Milliseconds() {
+			left = append(left, c) // there may be a hundred thousand of them
+			continue
+		}
 		d := w.driftOf(c)
 		filter := "clerk.evt." + stream.Token(w.cfg.Source) + "." + stream.Token(resources[w.table]) + ".*." + stream.Token(d.event.Key())
 		on, err := w.onItsWay(ctx, events, floor+1, filter)

@@ -347,7 +347,7 @@ func (s *Sweeper) reconcile(ctx context.Context, opts Options, holder string, fe
 	}
 	recorded := 0
 	w.record = func(ctx context.Context, drifts []drift) error {
-		if recorded >= maxDrifts || opts.Kind == Backfill {
+		if recorded >= maxDrifts || w.filling() {
 			return nil
 		}
 		recorded += len(drifts)
