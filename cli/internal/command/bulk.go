@@ -109,7 +109,7 @@ func (r *bulkResult) answer() error {
 
 // say tells the person at the terminal; data goes to stdout.
 func (c *cli) say(format string, args ...any) {
-	_, _ = fmt.Fprintf(c.env.Stderr, format+"\n", args...)
+	_, _ = fmt.Fprintln(c.env.Stderr, printableLines(fmt.Sprintf(format, args...)))
 }
 
 // errDeclined is the answer no of the person who was asked.
@@ -210,7 +210,7 @@ func (c *cli) printResult(o output, r *bulkResult, text []string) error {
 		return printObject(c.env.Stdout, o, r)
 	}
 	for _, line := range text {
-		if _, err := fmt.Fprintln(c.env.Stdout, line); err != nil {
+		if _, err := fmt.Fprintln(c.env.Stdout, printable(line)); err != nil {
 			return fmt.Errorf("print: %w", err)
 		}
 	}

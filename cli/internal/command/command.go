@@ -63,7 +63,7 @@ func Run(ctx context.Context, args []string, env Env) int {
 		fmt.Fprintln(env.Stderr, "interrupted")
 		return exitInterrupted
 	default:
-		fmt.Fprintln(env.Stderr, "usher:", err)
+		fmt.Fprintln(env.Stderr, "usher:", printableLines(err.Error()))
 		return exitUsage
 	}
 }

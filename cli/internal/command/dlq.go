@@ -150,6 +150,7 @@ func (c *cli) dlqList() *cobra.Command {
 
 // short cuts an error for a table.
 func short(text string) string {
+	text = printable(text)
 	if runes := []rune(text); len(runes) > 100 {
 		return string(runes[:99]) + "…"
 	}
@@ -267,7 +268,7 @@ func printLetter(w io.Writer, l shownLetter) error {
 	if err := t.Flush(); err != nil {
 		return fmt.Errorf("print: %w", err)
 	}
-	_, _ = fmt.Fprintf(w, "\nerror: %s\n\n", l.Error)
+	_, _ = fmt.Fprintf(w, "\nerror: %s\n\n", printable(l.Error))
 	return printBody(w, l.BodyNote, l.Body)
 }
 

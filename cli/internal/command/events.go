@@ -297,7 +297,7 @@ func (c *cli) eventsShow() *cobra.Command {
 		RunE: func(cmd *cobra.Command, args []string) error {
 			e, err := c.showEvent(cmd.Context(), args[0])
 			if errors.Is(err, gorm.ErrRecordNotFound) {
-				_, _ = fmt.Fprintf(c.env.Stderr, "There is no event %s in the delivery log: no handler had it in hand yet, or it never arrived.\n", args[0])
+				c.say("There is no event %s in the delivery log: no handler had it in hand yet, or it never arrived.", args[0])
 				return errNo
 			}
 			if err != nil {
@@ -480,7 +480,7 @@ func printEvent(w io.Writer, e shownEvent) error {
 // printBody prints an event's body for people, or why there is none.
 func printBody(w io.Writer, note string, body json.RawMessage) error {
 	if note != "" {
-		_, _ = fmt.Fprintf(w, "body: %s\n", note)
+		_, _ = fmt.Fprintf(w, "body: %s\n", printable(note))
 	}
 	if len(body) == 0 {
 		return nil
@@ -489,7 +489,7 @@ func printBody(w io.Writer, note string, body json.RawMessage) error {
 	if err := json.Indent(&pretty, body, "", "  "); err != nil {
 		return fmt.Errorf("print: %w", err)
 	}
-	_, _ = fmt.Fprintln(w, pretty.String())
+	_, _ = fmt.Fprintln(w, printableLines(pretty.String()))
 	return nil
 }
 
@@ -592,7 +592,8 @@ func printTailed(w io.Writer, o output, e Head) error {
 	if o != outputTable { // a stream has no end to close a list with
 		return printObject(w, outputNDJSON, e)
 	}
-	_, err := fmt.Fprintf(w, "%s  %-31s  %-32s  %-32s  %s\n", timeText(e.ReceivedAt), e.ID, typeText(e.Type), cmp.Or(e.UserID, "-"), e.Origin)
+	_, err := fmt.Fprintf(w, "%s  %-31s  %-32s  %-32s  %s\n",
+		timeText(e.ReceivedAt), printable(e.ID), printable(typeText(e.Type)), printable(cmp.Or(e.UserID, "-")), printable(e.Origin))
 	if err != nil { // the reader has gone
 		return fmt.Errorf("print: %w", err)
 	}

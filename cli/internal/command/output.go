@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strings"
 	"text/tabwriter"
+	"unicode"
+	"unicode/utf16"
 
 	"github.com/spf13/cobra"
 )
@@ -112,5 +114,37 @@ func newTable(w io.Writer, header ...string) table {
 }
 
 func (t table) row(cells ...string) {
-	_, _ = fmt.Fprintln(t, strings.TrimRight(strings.Join(cells, "\t"), "\t"))
+	shown := make([]string, len(cells))
+	for i, cell := range cells {
+		shown[i] = printable(cell)
+	}
+	_, _ = fmt.Fprintln(t, strings.TrimRight(strings.Join(shown, "\t"), "\t"))
+}
+
+// printable is a text from outside as a terminal may be given it: on one line, with every character that would steer the terminal or
+// change how others read (control and format characters) written as JSON does. To repeat it changes nothing.
+func printable(text string) string { return escape(text, "") }
+
+// printableLines is printable for a text of several lines.
+func printableLines(text string) string { return escape(text, "\n") }
+
+func escape(text, keep string) string {
+	text = strings.ToValidUTF8(text, "\uFFFD")
+	if !strings.ContainsFunc(text, func(r rune) bool { return !unicode.IsGraphic(r) }) {
+		return text
+	}
+	var b strings.Builder
+	for _, r := range text {
+		switch short := strings.IndexRune("\n\r\t", r); {
+		case unicode.IsGraphic(r), strings.ContainsRune(keep, r):
+			b.WriteRune(r)
+		case short >= 0:
+			b.WriteString(`\` + "nrt"[short:short+1])
+		default:
+			for _, unit := range utf16.AppendRune(nil, r) {
+				_, _ = fmt.Fprintf(&b, `\u%04x`, unit)
+			}
+		}
+	}
+	return b.String()
 }

@@ -401,7 +401,7 @@ func (p *sentPrinter) add(s sent) {
 		if p.sent == 1 {
 			_, _ = fmt.Fprintf(p.w, "%-31s  %-32s  %-6s  %-9s  %s\n", "ID", "TYPE", "STATUS", "DUPLICATE", "ERROR")
 		}
-		line := fmt.Sprintf("%-31s  %-32s  %-6d  %-9t  %s", s.ID, s.Type, s.Status, s.Duplicate, s.Error)
+		line := printable(fmt.Sprintf("%-31s  %-32s  %-6d  %-9t  %s", s.ID, s.Type, s.Status, s.Duplicate, s.Error))
 		_, _ = fmt.Fprintln(p.w, strings.TrimRight(line, " "))
 	}
 }
