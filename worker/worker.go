@@ -44,7 +44,7 @@ type Config struct {
 
 // ConfigFrom takes what the worker needs from the settings.
 func ConfigFrom(s *config.Settings) Config {
-	c := Config{Instances: map[string]string{}, Retention: s.Retention}
+	c := Config{Instances: map[string]string{}, Retention: s.Retention, Attempts: s.RetryAttempts, RetryInitial: s.RetryInitial, RetryMax: s.RetryMax}
 	for _, src := range s.Sources {
 		c.Instances[src.Name] = src.InstanceID
 	}

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -131,4 +132,38 @@ func TestWrongSettingsStopTheStartWithEveryProblem(t *testing.T) {
 	code, _, stderr := run(t, []string{"USHER_DATA_DIR=" + t.TempDir()}, "serve")
 	assert.Equal(t, 2, code)
 	assert.Contains(t, stderr, "CLERK_WEBHOOK_SIGNING_SECRET", "serve makes up no secret")
+}
+
+func TestInterruptedDemoIsNoSuccess(t *testing.T) {
+	t.Parallel()
+	dataDir := t.TempDir()
+	p := start(t, append([]string{"USHER_DATA_DIR=" + dataDir}, randomPorts...), "dev", "--demo", "--exit", "--output", "json", "--users", "5000")
+	p.ready(dataDir)
+	assert.Equal(t, 130, p.stop(), p.stderr.String())
+	assert.Empty(t, p.stdout.String())
+	code, _, stderr := run(t, nil, "dev", "--demo", "--exit", "--users", "-1")
+	assert.Equal(t, 2, code)
+	assert.Contains(t, stderr, "--users -1: want 1 or more")
+}
+
+func TestServeWaitsForADatabaseThatStartsLater(t *testing.T) {
+	t.Parallel()
+	server := dbtest.NewServer(t)
+	url := server.Create(t, "usher")
+	server.Stop()
+	dataDir := t.TempDir()
+	env := append([]string{"CLERK_WEBHOOK_SIGNING_SECRET=" + secret, "USHER_DATA_DIR=" + dataDir, "USHER_DATABASE_URL=" + url}, randomPorts...)
+	p := start(t, env, "serve")
+	require.Eventually(t, func() bool { // the broker is there, the database is what it asks for next
+		_, err := os.Stat(filepath.Join(dataDir, "nats", "jetstream"))
+		return err == nil
+	}, 20*time.Second, 5*time.Millisecond)
+	server.Start(t)
+	p.ready(dataDir)
+	assert.Equal(t, 0, p.stop(), p.stderr.String())
+	assert.Contains(t, p.stderr.String(), "database is away, waiting for it")
+	assert.Contains(t, p.stderr.String(), "database is there")
+
+	p = start(t, append(slices.Clone(env[:2]), "USHER_DATABASE_URL=sqlite:/proc/nowhere/usher.db"), "serve")
+	assert.Equal(t, 2, p.wait(20*time.Second), "what waiting does not mend is said at once")
 }

@@ -10,7 +10,9 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/mail"
 	"net/url"
+	"os"
 	"path/filepath"
 	"reflect"
 	"regexp"
@@ -40,6 +42,10 @@ type Settings struct {
 	StreamReplicas int           `env:"USHER_STREAM_REPLICAS, default=1" doc:"replicas of the streams: 1, 3 or 5"`
 	StreamMaxBytes Bytes         `env:"USHER_STREAM_MAX_BYTES, default=10GiB" doc:"size at which the event stream is full and ingest answers 503"`
 	Retention      time.Duration `env:"USHER_RETENTION, default=720h" doc:"how long a settled event stays in the stream"`
+
+	RetryAttempts int           `env:"USHER_RETRY_ATTEMPTS, default=10" doc:"attempts of an event that fails by its own error before it is a dead letter"`
+	RetryInitial  time.Duration `env:"USHER_RETRY_INITIAL, default=1s" doc:"wait before the second attempt; each following one waits four times as long, with jitter"`
+	RetryMax      time.Duration `env:"USHER_RETRY_MAX, default=10m" doc:"longest wait between two attempts"`
 
 	DataDir     string `env:"USHER_DATA_DIR, default=./usher-data" doc:"state of dev and serve"`
 	IngestAddr  string `env:"USHER_INGEST_ADDR, default=:8080" doc:"listener for webhooks"`
@@ -335,6 +341,40 @@ func (s *Settings) validate() Problems {
 		if d <= 0 {
 			bad(name, "%s is not above zero", d)
 		}
+	}
+	if s.RetryAttempts < 1 {
+		bad("USHER_RETRY_ATTEMPTS", "%d is below 1", s.RetryAttempts)
+	}
+	if s.RetryInitial <= 0 {
+		bad("USHER_RETRY_INITIAL", "%s is not above zero", s.RetryInitial)
+	}
+	if s.RetryMax < s.RetryInitial {
+		bad("USHER_RETRY_MAX", "%s is below USHER_RETRY_INITIAL", s.RetryMax)
+	}
+	if s.SMTPURL != "" {
+		u, err := url.Parse(s.SMTPURL)
+		if err != nil || u.Hostname() == "" || u.Scheme != "smtp" && u.Scheme != "smtps" {
+			bad("USHER_SMTP_URL", "not smtp://host:port or smtps://host:port, with user:password@ before the host where it wants them")
+		}
+	}
+	for name, address := range map[string]string{"USHER_MAIL_FROM": s.MailFrom, "USHER_ALERT_EMAIL": s.AlertEmail} {
+		if _, err := mail.ParseAddress(address); address != "" && err != nil {
+			bad(name, "not a mail address such as ops@example.com")
+		}
+	}
+	for name, path := range map[string]string{"USHER_NATS_CREDS": s.NATSCreds, "USHER_GEOIP_DB": s.GeoIPDB} {
+		if path == "" {
+			continue
+		}
+		if info, err := os.Stat(path); err != nil || info.IsDir() {
+			bad(name, "there is no file %q that can be read", path)
+		}
+	}
+	if s.FraudMaxCountries < 1 || s.FraudMaxSessions < 1 {
+		bad("USHER_FRAUD_MAX_COUNTRIES, USHER_FRAUD_MAX_SESSIONS", "want 1 or more")
+	}
+	if s.AlertMinEvents < 1 {
+		bad("USHER_ALERT_MIN_EVENTS", "%d is below 1", s.AlertMinEvents)
 	}
 	if s.AlertFailureRate <= 0 || s.AlertFailureRate > 1 {
 		bad("USHER_ALERT_FAILURE_RATE", "%v is not between 0 and 1", s.AlertFailureRate)

@@ -45,6 +45,24 @@ func TestASettingIsComplainedOfOnce(t *testing.T) {
 	assert.Equal(t, ":1", s.IngestAddr)
 }
 
+func TestWhatIsNoAddressAndNoFileIsWrong(t *testing.T) {
+	for setting, bad := range map[string][]string{
+		"USHER_SMTP_URL": {"http://x", "garbage", "smtp://"}, "USHER_MAIL_FROM": {"not an address"}, "USHER_ALERT_EMAIL": {"zzz"},
+		"USHER_NATS_CREDS": {"/nope", "/"}, "USHER_GEOIP_DB": {"/nope"}, "USHER_RETRY_ATTEMPTS": {"0", "many"}, "USHER_RETRY_INITIAL": {"0s"},
+		"USHER_RETRY_MAX": {"10ms"}, "USHER_ALERT_MIN_EVENTS": {"0"}, "USHER_FRAUD_MAX_SESSIONS": {"-1"},
+	} {
+		for _, value := range bad {
+			_, err := Load(Environ{setting + "=" + value}, nil)
+			require.ErrorContains(t, err, setting, "%q", value)
+		}
+	}
+	_, err := Load(Environ{
+		"USHER_SMTP_URL=smtps://u:p@mail.example.com", "USHER_MAIL_FROM=Usher <usher@example.com>", "USHER_ALERT_EMAIL=ops@example.com",
+		"USHER_RETRY_ATTEMPTS=3", "USHER_RETRY_INITIAL=10ms", "USHER_RETRY_MAX=10ms",
+	}, nil)
+	require.NoError(t, err)
+}
+
 func TestAddressesOfTheBroker(t *testing.T) {
 	for _, good := range []string{"", "nats://h:4222", "h:4222", "nats://u:p@h", "tls://a:1, tls://b:2", "wss://h"} {
 		_, err := Load(Environ{"USHER_NATS_URL=" + good}, nil)

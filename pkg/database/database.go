@@ -13,6 +13,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/cenkalti/backoff/v4"
+	"go.uber.org/zap"
 	"gorm.io/gorm"
 	"gorm.io/gorm/logger"
 )
@@ -47,6 +49,29 @@ func Open(ctx context.Context, url, schema string) (*gorm.DB, error) {
 	default: // not echoed: what is not understood may hold a password anywhere
 		return nil, errors.New("open database: the URL is neither postgres://… nor sqlite:PATH")
 	}
+}
+
+// Await is [Open] for a service: it waits until a PostgreSQL that does not answer, or takes no connection yet, does. What waiting
+// does not mend (a wrong password, a database that does not exist) is an error at once, and so is ctx's end.
+func Await(ctx context.Context, url, schema string, log *zap.Logger) (*gorm.DB, error) {
+	pauses := backoff.NewExponentialBackOff(backoff.WithInitialInterval(100*time.Millisecond), backoff.WithMaxInterval(5*time.Second), backoff.WithMaxElapsedTime(0))
+	told := false
+	db, err := backoff.RetryNotifyWithData(func() (*gorm.DB, error) {
+		db, err := Open(ctx, url, schema)
+		if err != nil && (!errors.Is(err, ErrUnreachable) || strings.HasPrefix(url, "sqlite:")) {
+			err = backoff.Permanent(err)
+		}
+		return db, err
+	}, backoff.WithContext(pauses, ctx), func(err error, _ time.Duration) {
+		if !told {
+			log.Warn("database is away, waiting for it", zap.Error(err))
+		}
+		told = true
+	})
+	if told && err == nil {
+		log.Info("database is there")
+	}
+	return db, err //nolint:wrapcheck // says what it did
 }
 
 // gormConfig: every caller opens its own transactions, and errors are logged where the decision falls. Statements

@@ -17,6 +17,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"text/tabwriter"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -41,6 +42,8 @@ const (
 type Program struct {
 	// Name is the service's, in messages, in the log and in the broker's connection list.
 	Name string
+	// Short is one sentence on what it does, for --help.
+	Short string
 	// Check looks for what is wrong with the service's own settings and opens nothing; nil: they have no rules of their
 	// own. Of a config.Problems every line is reported. It is asked also where other settings are wrong, which
 	// then have their defaults.
@@ -62,12 +65,35 @@ type Process struct {
 	name string
 }
 
-// Main runs a program until SIGINT or SIGTERM and exits.
+// Main runs a program until SIGINT or SIGTERM and exits. It takes no arguments but --help.
 func Main(program Program) {
+	if len(os.Args) > 1 {
+		os.Exit(help(os.Args[1:], os.Stdout, os.Stderr, program))
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	code := Run(ctx, os.Environ(), os.Stderr, program)
 	stop()
 	os.Exit(code)
+}
+
+// help prints what the program is and its settings, or that it does not know the arguments.
+func help(args []string, stdout, stderr io.Writer, program Program) int {
+	if len(args) != 1 || !slices.Contains([]string{"-h", "-help", "--help", "help"}, args[0]) {
+		fmt.Fprintf(stderr, "%s: unknown arguments %q: it takes its settings from the environment; see %s --help\n", program.Name, args, program.Name)
+		return WrongSettings
+	}
+	fmt.Fprintf(stdout, "%s\n\nIt runs until SIGINT or SIGTERM, and takes its settings from the environment:\n\n", program.Short)
+	table := tabwriter.NewWriter(stdout, 0, 0, 2, ' ', 0)
+	for _, s := range config.Describe() {
+		text := s.Doc
+		if s.Default != "" {
+			text += " (default " + s.Default + ")"
+		}
+		fmt.Fprintf(table, "  %s\t%s\n", s.Name, text)
+	}
+	_ = table.Flush()
+	fmt.Fprintf(stdout, "\nExample:\n  USHER_NATS_URL=nats://127.0.0.1:4222 %s\n\nExit codes: 0 stopped on request, 1 failed, 2 wrong settings.\n", program.Name)
+	return Stopped
 }
 
 // Run runs a program until ctx is done and returns its exit code. stderr takes what is wrong with the settings; the log

@@ -86,7 +86,12 @@ func New(ctx context.Context, cfg Config) (_ *Instance, err error) {
 	if i.JS, err = i.connect(b, "setup"); err != nil {
 		return nil, err
 	}
-	if i.DB, err = database.Open(ctx, s.DatabaseURL, s.DatabaseSchema); err != nil {
+	if cfg.Mode == "serve" { // for real: a machine that starts may have its database a minute later
+		i.DB, err = database.Await(ctx, s.DatabaseURL, s.DatabaseSchema, log)
+	} else {
+		i.DB, err = database.Open(ctx, s.DatabaseURL, s.DatabaseSchema)
+	}
+	if err != nil {
 		return nil, err
 	}
 	i.closers.Add(func() error { return database.Close(i.DB) })

@@ -42,6 +42,9 @@ func (c *cli) dev() *cobra.Command {
 			if o.exit && !o.demo {
 				return errors.New("--exit needs --demo")
 			}
+			if o.users < 1 {
+				return fmt.Errorf("--users %d: want 1 or more", o.users)
+			}
 			return c.runDev(cmd.Context(), o)
 		},
 	}
@@ -89,11 +92,14 @@ func (c *cli) runDev(ctx context.Context, o devOptions) (err error) {
 		}
 		defer stop()
 	}
-	return c.run(ctx, cfg, func(ctx context.Context, i *allinone.Instance) error {
+	told := false
+	err = c.run(ctx, cfg, func(ctx context.Context, i *allinone.Instance) error {
 		_, _ = fmt.Fprintf(info, "Usher is ready (%.1f s).\n\n", time.Since(start).Seconds())
 		banner(info, i, settings, made)
 		if o.demo {
-			if err := c.demo(ctx, i, settings, faults, o, clerk, info); err != nil || o.exit {
+			err := c.demo(ctx, i, settings, faults, o, clerk, info)
+			told = err == nil
+			if err != nil || o.exit {
 				return err
 			}
 		}
@@ -105,6 +111,10 @@ func (c *cli) runDev(ctx context.Context, o devOptions) (err error) {
 		<-ctx.Done()
 		return nil
 	})
+	if err == nil && o.exit && !told { // nothing balanced
+		return fmt.Errorf("the demo did not come to its end: %w", context.Cause(ctx))
+	}
+	return err
 }
 
 // serveClerk serves the Backend API of an emulated Clerk on a loopback port, so that `usher verify` can compare a demo's mirror

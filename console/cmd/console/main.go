@@ -14,6 +14,7 @@ import (
 
 var program = process.Program{
 	Name:  console.Name,
+	Short: "console serves the pages and the API of operators, and `ensure` for applications.",
 	Check: func(s *config.Settings) error { return console.ConfigFrom(s).Validate() },
 	Start: start,
 }
@@ -21,7 +22,7 @@ var program = process.Program{
 func main() { process.Main(program) }
 
 func start(ctx context.Context, p *process.Process) (lifecycle.Service, error) {
-	db, err := database.Open(ctx, p.Settings.DatabaseURL, p.Settings.DatabaseSchema)
+	db, err := database.Await(ctx, p.Settings.DatabaseURL, p.Settings.DatabaseSchema, p.Log)
 	if err != nil {
 		return nil, err
 	}

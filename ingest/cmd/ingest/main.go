@@ -13,7 +13,8 @@ import (
 )
 
 var program = process.Program{
-	Name: "ingest",
+	Name:  "ingest",
+	Short: "ingest receives Clerk's webhooks and stores them in the event stream before it answers.",
 	Check: func(s *config.Settings) error {
 		_, err := ingest.ConfigFrom(s)
 		return err

@@ -13,7 +13,11 @@ import (
 	"github.com/usherhq/usher/reconciler"
 )
 
-var program = process.Program{Name: reconciler.Name, Start: start}
+var program = process.Program{
+	Name:  reconciler.Name,
+	Short: "reconciler compares Clerk's API with the mirror, publishes events for what was missed, and notices when no webhook comes.",
+	Start: start,
+}
 
 func main() { process.Main(program) }
 
@@ -22,7 +26,7 @@ func start(ctx context.Context, p *process.Process) (lifecycle.Service, error) {
 	var db *gorm.DB
 	if len(cfg.Sources) > 0 { // without a key there is nothing to compare
 		var err error
-		if db, err = database.Open(ctx, p.Settings.DatabaseURL, p.Settings.DatabaseSchema); err != nil {
+		if db, err = database.Await(ctx, p.Settings.DatabaseURL, p.Settings.DatabaseSchema, p.Log); err != nil {
 			return nil, err
 		}
 		p.Closers.Add(func() error { return database.Close(db) })

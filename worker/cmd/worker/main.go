@@ -14,6 +14,7 @@ import (
 
 var program = process.Program{
 	Name:  "worker",
+	Short: "worker applies the events of the stream to the database.",
 	Check: func(s *config.Settings) error { return worker.ConfigFrom(s).Validate() },
 	Start: start,
 }
@@ -21,7 +22,7 @@ var program = process.Program{
 func main() { process.Main(program) }
 
 func start(ctx context.Context, p *process.Process) (lifecycle.Service, error) {
-	db, err := database.Open(ctx, p.Settings.DatabaseURL, p.Settings.DatabaseSchema)
+	db, err := database.Await(ctx, p.Settings.DatabaseURL, p.Settings.DatabaseSchema, p.Log)
 	if err != nil {
 		return nil, err
 	}
