@@ -61,7 +61,7 @@ func Await(ctx context.Context, url, schema string, log *zap.Logger) (*gorm.DB, 
 		if err != nil && (!errors.Is(err, ErrUnreachable) || strings.HasPrefix(url, "sqlite:")) {
 			err = backoff.Permanent(err)
 		}
-		return db, err
+		return db, err //nolint:wrapcheck // ours, or marked
 	}, backoff.WithContext(pauses, ctx), func(err error, _ time.Duration) {
 		if !told {
 			log.Warn("database is away, waiting for it", zap.Error(err))

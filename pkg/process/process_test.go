@@ -7,9 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"path/filepath"
 	"net/http"
-	"os"
 	"os/exec"
 	"strings"
 	"syscall"
@@ -123,8 +121,6 @@ func TestWhatFailsExitsWith1AndIsClosedInReverse(t *testing.T) {
 	taken, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
 	defer taken.Close()
-	creds := filepath.Join(t.TempDir(), "creds")
-	require.NoError(t, os.WriteFile(creds, []byte("none"), 0o600))
 	for name, c := range map[string]struct {
 		environ         config.Environ
 		start, run, end error
@@ -134,7 +130,6 @@ func TestWhatFailsExitsWith1AndIsClosedInReverse(t *testing.T) {
 		"the service":         {environ(), nil, broken, nil, []string{"second", "first"}},
 		"a closer":            {environ(), nil, broken, broken, []string{"second", "first"}},
 		"a port that is used": {environ("USHER_OPS_ADDR=" + taken.Addr().String()), nil, nil, nil, nil},
-		"the credentials":     {environ("USHER_NATS_CREDS=" + creds), nil, nil, nil, nil},
 	} {
 		var closed []string
 		code := process.Run(t.Context(), c.environ, &bytes.Buffer{}, process.Program{
