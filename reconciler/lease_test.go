@@ -1,0 +1,108 @@
+package reconciler
+
+import (
+	"context"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/usherhq/usher/pkg/natstest"
+	"github.com/usherhq/usher/pkg/stream"
+)
+
+// lossy is a broker that stores what it is given, and some of whose answers do not arrive.
+type lossy struct {
+	jetstream.JetStream
+	lose   atomic.Int64 // so many answers
+	stored chan struct{}
+}
+
+func (l *lossy) Publish(ctx context.Context, subject string, data []byte, opts ...jetstream.PublishOpt) (*jetstream.PubAck, error) {
+	ack, err := l.JetStream.Publish(context.WithoutCancel(ctx), subject, data, opts...)
+	if err == nil {
+		l.stored <- struct{}{}
+	}
+	if l.lose.Add(-1) >= 0 {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
+	return ack, err
+}
+
+func TestALostAnswerLosesNoLease(t *testing.T) {
+	t.Parallel()
+	_, js := natstest.New(t).Setup()
+	broker := &lossy{JetStream: js, stored: make(chan struct{}, 100)}
+	const ttl = 2 * time.Second
+	l, ctx, err := acquire(t.Context(), broker, "sweep", "me", ttl)
+	require.NoError(t, err)
+	renewed := func() {
+		t.Helper()
+		select {
+		case <-broker.stored:
+		case <-ctx.Done():
+			t.Fatal(context.Cause(ctx))
+		}
+	}
+	for range 2 {
+		broker.lose.Store(1)
+		renewed() // without an answer
+		renewed()
+	}
+	_, _, err = acquire(t.Context(), js, "sweep", "you", ttl)
+	require.ErrorIs(t, err, errBusy)
+	l.release()
+
+	// The end of the context cuts off an answer: the lease is free at once all the same.
+	ending, end := context.WithCancel(t.Context())
+	l, _, err = acquire(ending, broker, "sweep", "me again", time.Hour)
+	require.NoError(t, err)
+	l.rev-- // as if the renewal had been stored
+	end()
+	l.release()
+	l, _, err = acquire(t.Context(), js, "sweep", "you", ttl)
+	require.NoError(t, err)
+	l.release()
+}
+
+func TestALeaseThatAnotherHasIsLost(t *testing.T) {
+	t.Parallel()
+	_, js := natstest.New(t).Setup()
+	l, ctx, err := acquire(t.Context(), js, "sweep", "me", time.Second)
+	require.NoError(t, err)
+	defer l.release()
+	kv, err := js.KeyValue(t.Context(), stream.Leases)
+	require.NoError(t, err)
+	_, err = kv.Put(t.Context(), "sweep", []byte("you"))
+	require.NoError(t, err)
+	select {
+	case <-ctx.Done():
+		assert.ErrorIs(t, context.Cause(ctx), errLeaseLost)
+	case <-time.After(10 * time.Second):
+		t.Fatal("it is still held")
+	}
+}
+
+func TestALeaseIsLostBeforeItEndsWhereTheBrokerDoesNotAnswer(t *testing.T) {
+	t.Parallel()
+	_, js := natstest.New(t).Setup()
+	began := time.Now()
+	l, ctx, err := acquire(t.Context(), &mute{js}, "sweep", "me", 2*time.Second)
+	require.NoError(t, err)
+	defer l.release()
+	<-ctx.Done()
+	assert.ErrorIs(t, context.Cause(ctx), errLeaseLost)
+	assert.Less(t, time.Since(began), 2*time.Second)
+}
+
+// mute is a broker that takes nothing and says nothing.
+type mute struct{ jetstream.JetStream }
+
+func (*mute) Publish(ctx context.Context, _ string, _ []byte, _ ...jetstream.PublishOpt) (*jetstream.PubAck, error) {
+	<-ctx.Done()
+	return nil, ctx.Err()
+}
