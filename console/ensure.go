@@ -94,7 +94,8 @@ func (e *ensurer) Close() {
 	}
 }
 
-var userID = regexp.MustCompile(`^[A-Za-z0-9_-]{1,128}$`)
+// userID is the form of Clerk's ids: another path of the API must not be asked for in an id's place.
+var userID = regexp.MustCompile(`^user_[A-Za-z0-9_-]{1,123}$`)
 
 // ensureUser answers GET /api/users/{id}/ensure.
 func (c *Console) ensureUser(w http.ResponseWriter, r *http.Request) {
@@ -159,47 +160,68 @@ func (e *ensurer) ensure(ctx context.Context, source, id string, wait time.Durat
 	if row != nil {
 		return row, result, nil
 	}
-	if err := e.fetch(ctx, source, id); err != nil {
-		if errors.Is(err, clerk.ErrNotFound) {
-			return nil, ensureNotFound, &refusal{code: "user_not_found", message: "Clerk says that there is no such user"}
-		}
+	if row, err = e.fetch(ctx, source, id); errors.Is(err, clerk.ErrNotFound) {
+		return nil, ensureNotFound, &refusal{code: "user_not_found", message: "Clerk says that there is no such user"}
+	}
+	if err != nil {
 		return nil, ensureUnavailable, err
 	}
-	if row, err = e.rows.wait(ctx, source, id, applyTimeout); err != nil || row == nil {
-		return nil, ensureNotApplied, &refusal{"not_applied", "Clerk has the user and its event is stored, but the worker has not applied it within " + applyTimeout.String() + ": see GET /api/consumers", err}
+	if row == nil {
+		return nil, ensureNotApplied, &refusal{code: "not_applied", message: "Clerk has the user and its event is stored, but the worker has not applied it within " + applyTimeout.String() + ": see GET /api/consumers"}
 	}
 	return row, ensureFetched, nil
 }
 
-// fetch asks Clerk for a user and publishes the event. Calls for one user share one request, which goes on when a caller goes.
-func (e *ensurer) fetch(ctx context.Context, source, id string) error {
+// fetch asks Clerk for a user, publishes the event and waits for the row; nil where that has not come. Calls for one user share all
+// of it, so that none begins while another's event is on its way; it goes on when a caller goes.
+func (e *ensurer) fetch(ctx context.Context, source, id string) (mirror.Row, error) {
 	s := e.sources[source]
 	if s == nil {
-		return &refusal{code: "no_secret_key", message: "the row is not there, and Clerk cannot be asked: the settings have no secret key for this source (CLERK_SECRET_KEY)"}
+		return nil, &refusal{code: "no_secret_key", message: "the row is not there, and Clerk cannot be asked: the settings have no secret key for this source (CLERK_SECRET_KEY)"}
 	}
 	flight := e.flights.DoChan(source+"\x00"+id, func() (any, error) {
-		ctx, cancel := context.WithTimeout(e.base, fetchTimeout)
-		defer cancel()
-		read := time.Now() // or later: what came meanwhile is newer
-		user, err := s.client.Get(ctx, "users", id)
-		switch {
-		case errors.Is(err, clerk.ErrNotFound):
-			return nil, err
-		case errors.Is(err, clerk.ErrUnauthorized):
-			return nil, &refusal{"clerk_unauthorized", "Clerk does not accept the secret key of this source", err}
-		case errors.Is(err, context.DeadlineExceeded):
-			return nil, &refusal{"clerk_timeout", "Clerk did not answer within " + fetchTimeout.String() + ", or the share of its quota for this is spent", err}
-		case err != nil:
-			return nil, &refusal{"clerk_unavailable", "Clerk could not be asked", err}
+		row, err := e.rows.look(e.base, source, id) // another flight may just have ended
+		if err != nil {
+			return row, &refusal{"database_unavailable", "the database does not answer", err}
 		}
-		return nil, e.publish(ctx, s, user, read)
+		if row != nil {
+			return row, nil
+		}
+		if err := e.ask(s, id); err != nil {
+			return mirror.Row(nil), err
+		}
+		row, err = e.rows.wait(e.base, source, id, applyTimeout)
+		if err != nil {
+			return row, &refusal{"database_unavailable", "the database does not answer", err}
+		}
+		return row, nil
 	})
 	select {
 	case result := <-flight:
-		return result.Err
+		row, _ := result.Val.(mirror.Row)
+		return row, result.Err
 	case <-ctx.Done():
-		return ctx.Err() //nolint:wrapcheck // nobody reads it
+		return nil, ctx.Err() //nolint:wrapcheck // nobody reads it
 	}
+}
+
+// ask reads the user and publishes the event.
+func (e *ensurer) ask(s *reader, id string) error {
+	ctx, cancel := context.WithTimeout(e.base, fetchTimeout)
+	defer cancel()
+	read := time.Now() // or later: what came meanwhile is newer
+	user, err := s.client.Get(ctx, "users", id)
+	switch {
+	case errors.Is(err, clerk.ErrNotFound):
+		return err
+	case errors.Is(err, clerk.ErrUnauthorized):
+		return &refusal{"clerk_unauthorized", "Clerk does not accept the secret key of this source", err}
+	case errors.Is(err, context.DeadlineExceeded):
+		return &refusal{"clerk_timeout", "Clerk did not answer within " + fetchTimeout.String() + ", or the share of its quota for this is spent", err}
+	case err != nil:
+		return &refusal{"clerk_unavailable", "Clerk could not be asked", err}
+	}
+	return e.publish(ctx, s, user, read)
 }
 
 // publish stores the event of a user whose row is not there.

@@ -317,7 +317,7 @@ func TestDatabaseThatHasForgottenIsFilledAgain(t *testing.T) {
 func TestEnsureRefusesWhatItCannotDo(t *testing.T) {
 	t.Parallel()
 	s := newSignUps(t, dbtest.SQLite(t), emulator.APIConfig{})
-	for _, path := range []string{"user_1?wait=soon", "user_1?wait=-1s", "user_1?wait=6s", "user%201?", "%2e%2e?", strings.Repeat("u", 129) + "?"} {
+	for _, path := range []string{"user_1?wait=soon", "user_1?wait=-1s", "user_1?wait=6s", "user%201?", "count?", "abc?", "org_1?", "user_?", "%2e%2e?", strings.Repeat("u", 129) + "?"} {
 		id, query, _ := strings.Cut(path, "?")
 		assert.Equal(t, http.StatusBadRequest, s.ensure(id, "?"+query).status, path)
 	}
