@@ -168,6 +168,21 @@ func List(ctx context.Context, db *gorm.DB, f Filter, cursor string, limit int) 
 	return entries, next, nil
 }
 
+// Missing returns those of f.IDs that f selects no dead letter of, sorted, each once.
+func Missing(ctx context.Context, db *gorm.DB, f Filter) ([]string, error) {
+	missing := slices.Compact(slices.Sorted(slices.Values(f.IDs)))
+	var found []string
+	for ids := range slices.Chunk(missing, page) {
+		f.IDs = ids
+		var part []string
+		if err := f.dead(ctx, db).Distinct("event_id").Pluck("event_id", &part).Error; err != nil {
+			return nil, fmt.Errorf("find dead letters: %w", err)
+		}
+		found = append(found, part...)
+	}
+	return slices.DeleteFunc(missing, func(id string) bool { return slices.Contains(found, id) }), nil
+}
+
 // after returns the page that follows in a run, the oldest event first.
 func after(ctx context.Context, db *gorm.DB, f Filter, p place, limit int) ([]Entry, error) {
 	q := f.dead(ctx, db)

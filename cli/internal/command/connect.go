@@ -7,6 +7,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -19,6 +20,7 @@ import (
 	"github.com/usherhq/usher/pkg/database"
 	"github.com/usherhq/usher/pkg/lifecycle"
 	"github.com/usherhq/usher/pkg/stream"
+	"github.com/usherhq/usher/worker"
 )
 
 // reach finds the broker, the database and the ingest for a command: what a flag or the environment names comes first,
@@ -160,6 +162,60 @@ func (r *reach) planDatabase(ctx context.Context) (*gorm.DB, error) {
 		address = "sqlite:" + filepath.Join(dir, "usher.db")
 	}
 	return r.open(ctx, address, schema)
+}
+
+// checkHandler refuses the name of a handler that nobody knows: none of this version, none that left a row in the delivery log, and no
+// consumer of the stream. An empty name selects all.
+func (r *reach) checkHandler(ctx context.Context, db *gorm.DB, name string) error {
+	if name == "" {
+		return nil
+	}
+	var known []string
+	if err := handlers(db.WithContext(ctx)).Scan(&known).Error; err != nil {
+		return fmt.Errorf("read the handlers: %w", err)
+	}
+	for _, spec := range worker.Specs() {
+		known = append(known, spec.Name)
+	}
+	if slices.Contains(known, name) { // seldom otherwise, so the broker is seldom asked
+		return nil
+	}
+	consumers, asked := r.consumers(ctx)
+	known = append(known, consumers...)
+	if slices.Contains(known, name) {
+		return nil
+	}
+	slices.Sort(known)
+	err := fmt.Errorf("--handler %q: there is no such handler; want one of %s", name, strings.Join(slices.Compact(known), ", "))
+	if asked != nil {
+		err = fmt.Errorf("%w (the broker could not be asked for more: %w)", err, asked)
+	}
+	return err
+}
+
+// consumers names the durable consumers of the stream of events. The others are of those who only look.
+func (r *reach) consumers(ctx context.Context) ([]string, error) {
+	js, err := r.broker()
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	s, err := js.Stream(ctx, stream.Events)
+	if err != nil {
+		return nil, fmt.Errorf("look up stream %s: %w", stream.Events, err)
+	}
+	var names []string
+	list := s.ListConsumers(ctx)
+	for info := range list.Info() {
+		if info.Config.Durable != "" {
+			names = append(names, info.Name)
+		}
+	}
+	if err := list.Err(); err != nil {
+		return nil, fmt.Errorf("list consumers: %w", err)
+	}
+	return names, nil
 }
 
 // requestTimeout bounds what a command that only looks may wait for one answer.

@@ -105,6 +105,9 @@ func (c *cli) dlqList() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			if err := r.checkHandler(cmd.Context(), db, f.Handler); err != nil {
+				return err
+			}
 			switch {
 			case num:
 				counts, err := deadletter.Counts(cmd.Context(), db, f)
@@ -211,6 +214,9 @@ func (c *cli) showLetter(ctx context.Context, id, handler string) (shownLetter, 
 		return letter, err
 	}
 	if len(entries) == 0 {
+		if err := r.checkHandler(ctx, db, handler); err != nil {
+			return letter, err
+		}
 		return letter, deadletter.ErrNotFound
 	}
 	if len(entries) > 1 {
@@ -281,7 +287,7 @@ func (c *cli) dlqReplay() *cobra.Command {
 		Long: "replay gives events back to the one handler that gave them up, with a fresh count of attempts, and takes their letters away. One that\n" +
 			"fails again becomes a new dead letter. It waits for outcomes, and stops when more than 5% fail again.\n\n" +
 			"--dry-run runs the handler on each in a transaction that is rolled back, and tells how many would pass now, and why the others\n" +
-			"would not." + bulkHelp + "\nExit code 1: some failed again, were gone, or (dry run) would fail.",
+			"would not." + bulkHelp + "\nExit code 1: some failed again, were gone, or (dry run) would fail; or an ID has no dead letter (the others are replayed).",
 		Example: "  usher dlq replay msg_2g7np7Hrk0SN6kj5EDMLDaKNL0S\n  usher dlq replay --handler mirror --reason constraint --dry-run\n  usher dlq replay --all --rate 100 --yes",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return c.changeLetters(cmd.Context(), args, &flags, &b, c.replayLetters)
@@ -300,7 +306,7 @@ func (c *cli) dlqDiscard() *cobra.Command {
 		Use:   "discard [ID...]",
 		Short: "Give dead letters up for good",
 		Long: "discard deletes letters with their bodies; the delivery log goes on saying what failed and why. An event that is still in the stream can\n" +
-			"be replayed all the same, with `usher replay --event`." + bulkHelp,
+			"be replayed all the same, with `usher replay --event`." + bulkHelp + "\nExit code 1: an ID has no dead letter (the others are discarded).",
 		Example: "  usher dlq discard msg_2g7np7Hrk0SN6kj5EDMLDaKNL0S\n  usher dlq discard --reason undecodable --until 720h --yes",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return c.changeLetters(cmd.Context(), args, &flags, &b, c.discardLetters)
@@ -339,17 +345,32 @@ func (c *cli) changeLetters(ctx context.Context, ids []string, flags *letterFlag
 	if l.db, err = r.database(ctx); err != nil {
 		return err
 	}
+	if err := r.checkHandler(ctx, l.db, f.Handler); err != nil {
+		return err
+	}
 	if l.js, err = r.broker(); err != nil {
 		return err
+	}
+	unknown, err := deadletter.Missing(ctx, l.db, f)
+	if err != nil {
+		return err
+	}
+	if len(unknown) > 0 {
+		c.say("No such dead letter: %s", strings.Join(unknown, " "))
 	}
 	if l.selected, err = deadletter.Total(ctx, l.db, f); err != nil {
 		return err
 	}
 	c.say("%s selected.", count(l.selected, "dead letter"))
 	if l.selected == 0 {
-		return c.printResult(b.output, &bulkResult{DryRun: b.dryRun}, nil)
+		err = c.printResult(b.output, &bulkResult{DryRun: b.dryRun}, nil)
+	} else {
+		err = change(ctx, l)
 	}
-	return change(ctx, l)
+	if err == nil && len(unknown) > 0 {
+		err = errNo
+	}
+	return err
 }
 
 func (c *cli) replayLetters(ctx context.Context, l *letterChange) error {

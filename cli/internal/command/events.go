@@ -143,6 +143,9 @@ func (c *cli) listEvents(ctx context.Context, o listOptions) (listing[listedEven
 	if err != nil {
 		return list, err
 	}
+	if err := r.checkHandler(ctx, db, o.handler); err != nil {
+		return list, err
+	}
 	// One snapshot, so that an event and its deliveries fit together.
 	err = database.InReadTx(ctx, db, func(tx *gorm.DB) error {
 		var err error
