@@ -17,7 +17,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"slices"
 	"sync"
 	"time"
 
@@ -28,6 +27,7 @@ import (
 
 	"github.com/usherhq/usher/pkg/clerk"
 	"github.com/usherhq/usher/pkg/config"
+	"github.com/usherhq/usher/pkg/database"
 	"github.com/usherhq/usher/pkg/event"
 	"github.com/usherhq/usher/pkg/observe"
 	"github.com/usherhq/usher/pkg/outbox"
@@ -212,53 +212,83 @@ func (r *Reconciler) sweep(ctx context.Context, s *source) error {
 // of a source is a backfill in effect, so its events say so: nobody may be welcomed because Usher was installed.
 func (s *Sweeper) due(ctx context.Context, cfg Config) (Options, error) {
 	now := time.Now()
-	var runs, incremental []runRow
-	query := func(where string, limit int, into *[]runRow) error {
-		err := s.db.WithContext(ctx).Where("source = ? AND dry_run = ? AND "+where, s.cfg.Source, false).Order("started_at DESC").Limit(limit).Find(into).Error
-		if err != nil {
-			return fmt.Errorf("read runs: %w", err)
-		}
-		return nil
-	}
-	if err := errors.Join(query("kind <> 'incremental'", 10, &runs), query("kind = 'incremental'", 3, &incremental)); err != nil {
+	succeededRuns, err := s.runs(ctx, 3, "status = ?", succeeded)
+	if err != nil {
 		return Options{}, err
 	}
-	runs = append(runs, incremental...)
-	var lastFull, lastAny time.Time
 	var success time.Time
-	first := true
-	for i := range runs {
-		r := runs[i]
-		st, whole := stateOf(r)
-		if r.Status == succeeded && r.FinishedAt != nil {
+	for _, r := range succeededRuns {
+		if r.FinishedAt != nil {
 			success = later(success, *r.FinishedAt)
-		}
-		// A forced one is a person's, and only a person goes on with it.
-		if r.Status == running && now.Sub(r.StartedAt) < resumable && st.Tries < maxTries && !st.Force {
-			return Options{Kind: r.Kind, Resources: st.Resources, origin: st.Origin}, nil
-		}
-		if !whole || r.Status == running || r.Status == failed || r.Stopped == interrupted {
-			continue
-		}
-		if lastAny = later(lastAny, r.StartedAt); r.Kind != Incremental {
-			lastFull = later(lastFull, r.StartedAt)
-			first = first && r.Status != succeeded
 		}
 	}
 	if !success.IsZero() { // also of another process, or of this one before it was started anew
 		s.metrics.success.Set(float64(success.Unix()))
 	}
+	cutOff, err := s.runs(ctx, 3, "status = ? AND started_at > ?", running, now.UTC().Add(-resumable))
+	if err != nil {
+		return Options{}, err
+	}
+	for _, r := range cutOff {
+		// A forced one is a person's, and only a person goes on with it.
+		var st state
+		if json.Unmarshal([]byte(r.State), &st) == nil && st.Tries < maxTries && !st.Force {
+			return Options{Kind: r.Kind, Resources: st.Resources, origin: st.Origin}, nil
+		}
+	}
+	// What was stopped is not tried again before its time: it needs a person.
+	lastFull, err := s.lastWhole(ctx, "kind <> ? AND (status = ? OR status = ? AND stopped <> ?)", Incremental, succeeded, stopped, interrupted)
+	if err != nil {
+		return Options{}, err
+	}
+	lastIncremental, err := s.lastWhole(ctx, "kind = ? AND (status = ? OR status = ? AND stopped <> ?)", Incremental, succeeded, stopped, interrupted)
+	if err != nil {
+		return Options{}, err
+	}
 	switch {
-	case now.Sub(lastFull) >= cfg.FullInterval:
+	case now.Sub(lastFull.StartedAt) >= cfg.FullInterval:
 		opts := Options{Kind: Full}
-		if first {
+		before, err := s.lastWholeSuccess(ctx)
+		if before.ID == "" {
 			opts.origin = event.OriginBackfill
 		}
-		return opts, nil
-	case now.Sub(lastAny) >= cfg.Interval:
+		return opts, err
+	case now.Sub(later(lastFull.StartedAt, lastIncremental.StartedAt)) >= cfg.Interval:
 		return Options{Kind: Incremental}, nil
 	}
 	return Options{}, nil
+}
+
+// runs are the newest of the source's runs for which where holds, dry ones left out.
+func (s *Sweeper) runs(ctx context.Context, limit int, where string, args ...any) ([]runRow, error) {
+	var runs []runRow
+	err := s.db.WithContext(ctx).Where("source = ? AND dry_run = ?", s.cfg.Source, false).Where(where, args...).Order("started_at DESC").Limit(limit).Find(&runs).Error
+	if err != nil {
+		return nil, fmt.Errorf("read runs: %w", err)
+	}
+	return runs, nil
+}
+
+// lastWhole is the newest run of all tables for which where holds, however long ago it was; the zero row for none.
+func (s *Sweeper) lastWhole(ctx context.Context, where string, args ...any) (runRow, error) {
+	resources, err := json.Marshal(clerk.Resources())
+	if err != nil {
+		return runRow{}, fmt.Errorf("read runs: %w", err)
+	}
+	whole := "json_extract(state, '$.resources') = ?"
+	if database.IsPostgres(s.db) {
+		whole = "state -> 'resources' = CAST(? AS jsonb)"
+	}
+	runs, err := s.runs(ctx, 1, "("+where+") AND "+whole, append(args, string(resources))...)
+	if err != nil || len(runs) == 0 {
+		return runRow{}, err
+	}
+	return runs[0], nil
+}
+
+// lastWholeSuccess is the newest sweep of everything that succeeded. Without one the mirror is new.
+func (s *Sweeper) lastWholeSuccess(ctx context.Context) (runRow, error) {
+	return s.lastWhole(ctx, "kind <> ? AND status = ?", Incremental, succeeded)
 }
 
 func later(a, b time.Time) time.Time {
@@ -266,13 +296,4 @@ func later(a, b time.Time) time.Time {
 		return b
 	}
 	return a
-}
-
-// stateOf reads a run's checkpoint, and whether the run is of all tables.
-func stateOf(r runRow) (state, bool) {
-	var st state
-	if json.Unmarshal([]byte(r.State), &st) != nil {
-		return state{}, false
-	}
-	return st, slices.Equal(st.Resources, clerk.Resources())
 }

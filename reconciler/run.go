@@ -183,6 +183,7 @@ type progress struct {
 	Watermark int64    `json:"watermark,omitempty"`   // ms: the newest change before the run
 	Count     int64    `json:"count"`                 // of Clerk's objects
 	Rows      int64    `json:"rows"`                  // of the mirror's
+	Apart     int64    `json:"apart,omitempty"`       // rows that an incremental run found too many, below 0 too few; nobody looked why yet
 }
 
 // gone is a row of whose object Clerk said at that time (ms) that there is none.
@@ -402,9 +403,12 @@ func (s *Sweeper) reconcile(ctx context.Context, opts Options, holder string, fe
 	return report, err
 }
 
-// forget removes the books of long ago.
+// forget removes the books of long ago, but for those that say that the mirror is not new.
 func (s *Sweeper) forget(ctx context.Context) {
-	err := s.db.WithContext(ctx).Where("source = ? AND started_at < ?", s.cfg.Source, time.Now().UTC().Add(-keepRuns)).Delete(&runRow{}).Error
+	last, err := s.lastWholeSuccess(ctx)
+	if err == nil {
+		err = s.db.WithContext(ctx).Where("source = ? AND started_at < ? AND id <> ?", s.cfg.Source, time.Now().UTC().Add(-keepRuns), last.ID).Delete(&runRow{}).Error
+	}
 	if err != nil {
 		s.log.Warn("old runs not removed", zap.Error(err))
 	}
