@@ -112,6 +112,7 @@ func TestNeverAWrongDelete(t *testing.T) {
 		"Redirects":     {moods: moods{emulator.Redirect}, fails: clerk.ErrUnreadable},
 		"Pages of HTML": {moods: moods{emulator.Garbled}, fails: clerk.ErrUnreadable},
 		"NoIDs":         {moods: moods{emulator.NoID}, fails: clerk.ErrUnreadable},
+		"SaysDeleted":   {moods: moods{emulator.SaysDeleted}, fails: clerk.ErrUnreadable},
 		"OldAPI":        {cfg: emulator.APIConfig{NoCursor: true}},
 		"IgnoredCursor": {cfg: emulator.APIConfig{IgnoreCursor: true}},
 		"StrictLimit":   {cfg: emulator.APIConfig{Strict: true}},

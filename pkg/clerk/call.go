@@ -172,6 +172,22 @@ func (c *Client) broken(ctx context.Context, err error) error {
 
 var named = regexp.MustCompile(`with id ['"]?([A-Za-z0-9_-]+)`)
 
+// kinds are what a 404 may be about, and places where it may come from.
+var kinds = regexp.MustCompile(`(?i)\b(user|organization|session|instance|application|client|domain|invitation|membership|role|permission|environment|route|endpoint|path|url|host|page)s?\b`)
+
+// aboutAnother tells whether a 404 names another kind of thing than the one that was asked for, such as an organization where it
+// was a user, or the instance: then it is not the answer to the question.
+func aboutAnother(body, path, id string) bool {
+	first := gjson.Get(body, "errors.0")
+	text := strings.ReplaceAll(first.Get("message").Str+" "+first.Get("long_message").Str, id, "")
+	if about := named.FindStringSubmatch(first.Get("long_message").Str); about != nil && about[1] != id {
+		return true
+	}
+	return slices.ContainsFunc(kinds.FindAllStringSubmatch(text, -1), func(kind []string) bool {
+		return !strings.HasPrefix(path, "/"+strings.ToLower(kind[1])+"s/")
+	})
+}
+
 // switchedOff tells whether an error says that the instance does without a feature. Clerk's catalogue has a code for each of them:
 // organization_not_enabled_in_instance (organizations_… in older ones) for all that belongs to organizations,
 // organization_domains_not_enabled, billing_not_enabled, and feature_not_enabled for the rest. It says 403 with most of them. Some instances
@@ -219,7 +235,7 @@ func judge(status int, body, path, id string) *fault {
 		f.kind = ErrUnreadable
 	case status == http.StatusNotFound && id != "" && f.code == "resource_not_found":
 		f.kind = ErrNotFound
-		if about := named.FindStringSubmatch(gjson.Get(body, "errors.0.long_message").Str); about != nil && about[1] != id {
+		if aboutAnother(body, path, id) {
 			f.kind, f.cause = ErrUnreadable, errors.New("the answer is about another object")
 		}
 	default:

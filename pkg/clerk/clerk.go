@@ -208,7 +208,7 @@ func object(v gjson.Result) (Object, error) {
 	if !v.IsObject() {
 		return Object{}, fmt.Errorf("not an object: %w", ErrUnreadable)
 	}
-	o := Object{Raw: json.RawMessage(v.Raw)}
+	o, deleted := Object{Raw: json.RawMessage(v.Raw)}, false
 	v.ForEach(func(key, value gjson.Result) bool {
 		switch key.Str {
 		case "id":
@@ -217,11 +217,17 @@ func object(v gjson.Result) (Object, error) {
 			o.CreatedAt = value.Int()
 		case "updated_at":
 			o.UpdatedAt = value.Int()
+		case "deleted":
+			deleted = value.Type != gjson.False && value.Type != gjson.Null
 		}
 		return true
 	})
 	if !plausibleID(o.ID) {
 		return Object{}, fmt.Errorf("an object without id: %w", ErrUnreadable)
+	}
+	if deleted {
+		// Whoever read it as content would write a tombstone, and Clerk's word for what is gone is a 404.
+		return Object{}, fmt.Errorf("%s says that it is deleted: %w", o.ID, ErrUnreadable)
 	}
 	return o, nil
 }

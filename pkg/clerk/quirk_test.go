@@ -192,6 +192,13 @@ func TestGetBelievesOnlyClerksOwnWord(t *testing.T) {
 		"about this one":          {404, strings.ReplaceAll(notFound, "user_b", "user_a"), clerk.ErrNotFound},
 		"without an id":           {404, strings.ReplaceAll(notFound, " with id user_b", ""), clerk.ErrNotFound},
 		"about another one":       {404, notFound, clerk.ErrUnreadable},
+		"about an organization":   {404, strings.ReplaceAll(notFound, "No user was found with id user_b", "Given organization not found."), clerk.ErrUnreadable},
+		"about a session":         {404, strings.ReplaceAll(notFound, "No user was found with id user_b", "Session not found"), clerk.ErrUnreadable},
+		"about the instance":      {404, strings.ReplaceAll(notFound, `"not found"`, `"Instance not found"`), clerk.ErrUnreadable},
+		"in few words":            {404, strings.ReplaceAll(notFound, "No user was found with id user_b", "Resource not found"), clerk.ErrNotFound},
+		"deleted":                 {200, `{"id":"user_a","object":"user","deleted":true}`, clerk.ErrUnreadable},
+		"deleted, in a word":      {200, `{"id":"user_a","object":"user","deleted":"true"}`, clerk.ErrUnreadable},
+		"not deleted":             {200, `{"id":"user_a","object":"user","deleted":false}`, nil},
 		"a proxy's page":          {404, "<html>not found</html>", clerk.ErrUnreadable},
 		"nothing":                 {404, "", clerk.ErrUnreadable},
 		"another code":            {404, `{"errors":[{"code":"not_found"}]}`, clerk.ErrUnreadable},
@@ -213,6 +220,10 @@ func TestGetBelievesOnlyClerksOwnWord(t *testing.T) {
 			}))
 			_, err := c.Get(t.Context(), "users", "user_a")
 			t.Log(name, err)
+			if test.kind == nil {
+				require.NoError(t, err)
+				return
+			}
 			isOnly(t, err, test.kind)
 		})
 	}
@@ -244,6 +255,8 @@ func TestAListThatContradictsItselfIsAnError(t *testing.T) {
 		{"organization_memberships", emulator.NoID},
 		{"organization_memberships", emulator.Short},
 		{"users", emulator.NoID},
+		{"users", emulator.SaysDeleted},
+		{"organization_memberships", emulator.SaysDeleted},
 		{"users", emulator.TenOnly},
 		{"organization_memberships", emulator.TenOnly},
 	} {

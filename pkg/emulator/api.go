@@ -342,6 +342,10 @@ func (a *API) user(c *call) {
 		c.noUser(id)
 		return
 	}
+	if c.mood == SaysDeleted {
+		c.answer(c.clerk.render(deleted{Deleted: true, ID: id, Object: "user"}))
+		return
+	}
 	c.answer(o.JSON)
 }
 

@@ -268,6 +268,9 @@ func (c *call) spoilPage(page []Object) []Object {
 		return page[:len(page)/2]
 	case c.mood == NoID && len(page) > 0:
 		page[0].JSON = bytes.Replace(page[0].JSON, []byte(`"id":"`+page[0].ID+`"`), []byte(`"id":""`), 1)
+	case c.mood == SaysDeleted && len(page) > 0:
+		last := &page[len(page)-1]
+		last.JSON = c.clerk.render(deleted{Deleted: true, ID: last.ID, Object: field(last.JSON, "object")})
 	}
 	return page
 }

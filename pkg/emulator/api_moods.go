@@ -31,11 +31,13 @@ const (
 	CountLow    Mood = "count-low" // counts are a tenth too low, at least by one
 	CountHigh   Mood = "count-high"
 	NoID        Mood = "no-id" // the first object of the page has lost its id
+	// SaysDeleted lets the last object of a page, or a single one that there is, say that it is deleted, as a webhook does.
+	SaysDeleted Mood = "deleted"
 )
 
 // Moods lists all moods by name, sorted.
 func Moods() []Mood {
-	return []Mood{Limited, LimitedBare, LimitedDate, LimitedText, BadGateway, Unavailable, CountHigh, CountLow, Cut, Empty, Garbled, TenOnly, NoID, Redirect, Short, Slow}
+	return []Mood{Limited, LimitedBare, LimitedDate, LimitedText, BadGateway, Unavailable, CountHigh, CountLow, Cut, SaysDeleted, Empty, Garbled, TenOnly, NoID, Redirect, Short, Slow}
 }
 
 // ParseMoods reads "429=0.05,slow=0.2,502"; a name alone is a rate of 1. It reports every mistake.
