@@ -1,8 +1,10 @@
 package reconciler
 
 import (
+	"context"
 	"encoding/json"
 	"strconv"
+	"sync"
 	"testing"
 	"time"
 
@@ -14,6 +16,8 @@ import (
 	"github.com/usherhq/usher/pkg/clerk"
 	"github.com/usherhq/usher/pkg/dbtest"
 	"github.com/usherhq/usher/pkg/event"
+	"github.com/usherhq/usher/pkg/natstest"
+	"github.com/usherhq/usher/pkg/observe"
 )
 
 // history writes runs as others have made them.
@@ -107,9 +111,10 @@ func TestWhatIsDue(t *testing.T) {
 			t.Run(name, func(t *testing.T) {
 				test.history(&history{t: t, db: db, source: name})
 				s := NewSweeper(SweepConfig{Source: name}, SweepDeps{DB: db, Log: zap.NewNop()})
-				got, err := s.due(t.Context(), Config{Interval: 10 * time.Minute, FullInterval: 24 * hour})
+				got, next, err := s.due(t.Context(), Config{Interval: 10 * time.Minute, FullInterval: 24 * hour})
 				require.NoError(t, err)
 				assert.Equal(t, test.want, got)
+				assert.Equal(t, got.Kind == "", time.Now().Before(next))
 			})
 		}
 	})
@@ -130,4 +135,53 @@ func TestTheLastWholeRunIsNotForgotten(t *testing.T) {
 		require.NoError(t, db.Table("reconcile_runs").Order("id").Pluck("id", &ids).Error)
 		assert.Equal(t, []string{"run_clerk2", "run_clerk4"}, ids)
 	})
+}
+
+// A service that has nothing to do asks the database a few times a minute, however often it looks.
+func TestAnIdleServiceLeavesTheDatabaseAlone(t *testing.T) {
+	t.Parallel()
+	_, js := natstest.New(t).Setup()
+	db := dbtest.SQLite(t)
+	h := &history{t: t, db: db, source: "clerk"}
+	h.run(Full, succeeded, time.Minute)
+	r, err := New(Config{Sources: []clerk.Source{{Name: "clerk", APIURL: "http://127.0.0.1:1/v1", SecretKey: "sk_test_idle"}}},
+		Deps{JetStream: js, DB: db, Log: zap.NewNop(), Health: &observe.Health{}})
+	require.NoError(t, err)
+	defer r.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	var group sync.WaitGroup
+	group.Go(func() { r.presence.Run(ctx) })
+	defer group.Wait()
+	defer cancel()
+	require.Eventually(t, func() bool { return r.presence.Check() == nil }, 15*time.Second, 10*time.Millisecond)
+	var asked int
+	require.NoError(t, db.Callback().Query().After("gorm:query").Register("count", func(*gorm.DB) { asked++ }))
+	s := r.sources[0]
+	for range 100 {
+		r.turn(ctx, s)
+	}
+	assert.Positive(t, asked)
+	assert.LessOrEqual(t, asked, 5)
+	assert.WithinDuration(t, time.Now().Add(9*time.Minute), s.next, 5*time.Second)
+
+	// The time has come: the lease is tried at each look, and the database asked under it only.
+	asked, s.next = 0, time.Now()
+	held, _, err := acquire(ctx, js, leaseKey, "another", time.Minute)
+	require.NoError(t, err)
+	for range 20 {
+		r.turn(ctx, s)
+	}
+	assert.Zero(t, asked)
+	held.release()
+	r.turn(ctx, s)
+	assert.Positive(t, asked)
+	assert.True(t, time.Now().Before(s.next), "it was not due after all")
+
+	// Another process was killed.
+	h.run(Incremental, running, 0, func(_ *runRow, st *state) { st.Force = true })
+	s.asked = s.asked.Add(-askEvery)
+	asked = 0
+	r.turn(ctx, s)
+	assert.Positive(t, asked)
+	assert.True(t, time.Now().Before(s.next), "a person's")
 }

@@ -99,7 +99,14 @@ type source struct {
 	client  *clerk.Client
 	sweeper *Sweeper
 	retry   time.Time // no run before, after one that failed
+
+	asked time.Time // when the database was last asked what is due
+	next  time.Time // when it said that the next run is; not after now where one is
 }
+
+// askEvery is how often the database is asked what is due. The runs of other processes change that; one of them that is cut off is
+// noticed so late at most, and its lease is free in less.
+const askEvery = 10 * time.Second
 
 // New asks nobody anything. The broker may be away: the check "reconciler" in health says so until it is there. Run closes what
 // New opened; Close does where Run is never called.
@@ -174,8 +181,12 @@ func (r *Reconciler) turn(ctx context.Context, s *source) {
 	if time.Now().Before(s.retry) || r.presence.Check() != nil {
 		return
 	}
-	opts, err := s.sweeper.due(ctx, r.cfg)
-	if err == nil && opts.Kind == "" {
+	var err error
+	if now := time.Now(); now.Sub(s.asked) >= askEvery {
+		s.asked = now
+		_, s.next, err = s.sweeper.due(ctx, r.cfg)
+	}
+	if err == nil && time.Now().Before(s.next) {
 		return
 	}
 	if err == nil {
@@ -199,22 +210,24 @@ func (r *Reconciler) sweep(ctx context.Context, s *source) error {
 		return err
 	}
 	defer held.release()
-	opts, err := s.sweeper.due(ctx, r.cfg)
-	if err != nil || opts.Kind == "" {
+	opts, next, err := s.sweeper.due(ctx, r.cfg)
+	if s.next = next; err != nil || opts.Kind == "" {
 		return err
 	}
+	defer func() { s.asked = time.Time{} }()
 	opts.service = true
 	_, err = s.sweeper.reconcile(ctx, opts, holder, held.fence)
 	return err
 }
 
-// due says what is to be run now: a run that was cut off, a full sweep, an incremental one, or nothing (Kind empty). The first sweep
-// of a source is a backfill in effect, so its events say so: nobody may be welcomed because Usher was installed.
-func (s *Sweeper) due(ctx context.Context, cfg Config) (Options, error) {
+// due says what is to be run now: a run that was cut off, a full sweep, an incremental one, or nothing (Kind empty) until
+// next, as far as is known now. The first sweep of a source is a backfill in effect, so its events say so: nobody may be welcomed because
+// Usher was installed.
+func (s *Sweeper) due(ctx context.Context, cfg Config) (opts Options, next time.Time, err error) {
 	now := time.Now()
 	succeededRuns, err := s.runs(ctx, 3, "status = ?", succeeded)
 	if err != nil {
-		return Options{}, err
+		return Options{}, next, err
 	}
 	var success time.Time
 	for _, r := range succeededRuns {
@@ -227,36 +240,37 @@ func (s *Sweeper) due(ctx context.Context, cfg Config) (Options, error) {
 	}
 	cutOff, err := s.runs(ctx, 3, "status = ? AND started_at > ?", running, now.UTC().Add(-resumable))
 	if err != nil {
-		return Options{}, err
+		return Options{}, next, err
 	}
 	for _, r := range cutOff {
 		// A forced one is a person's, and only a person goes on with it.
 		var st state
 		if json.Unmarshal([]byte(r.State), &st) == nil && st.Tries < maxTries && !st.Force {
-			return Options{Kind: r.Kind, Resources: st.Resources, origin: st.Origin}, nil
+			return Options{Kind: r.Kind, Resources: st.Resources, origin: st.Origin}, next, nil
 		}
 	}
 	// What was stopped is not tried again before its time: it needs a person.
 	lastFull, err := s.lastWhole(ctx, "kind <> ? AND (status = ? OR status = ? AND stopped <> ?)", Incremental, succeeded, stopped, interrupted)
 	if err != nil {
-		return Options{}, err
+		return Options{}, next, err
 	}
 	lastIncremental, err := s.lastWhole(ctx, "kind = ? AND (status = ? OR status = ? AND stopped <> ?)", Incremental, succeeded, stopped, interrupted)
 	if err != nil {
-		return Options{}, err
+		return Options{}, next, err
 	}
+	lastAny := later(lastFull.StartedAt, lastIncremental.StartedAt)
 	switch {
 	case now.Sub(lastFull.StartedAt) >= cfg.FullInterval:
-		opts := Options{Kind: Full}
+		opts = Options{Kind: Full}
 		before, err := s.lastWholeSuccess(ctx)
 		if before.ID == "" {
 			opts.origin = event.OriginBackfill
 		}
-		return opts, err
-	case now.Sub(later(lastFull.StartedAt, lastIncremental.StartedAt)) >= cfg.Interval:
-		return Options{Kind: Incremental}, nil
+		return opts, next, err
+	case now.Sub(lastAny) >= cfg.Interval:
+		return Options{Kind: Incremental}, next, nil
 	}
-	return Options{}, nil
+	return Options{}, earlier(lastFull.StartedAt.Add(cfg.FullInterval), lastAny.Add(cfg.Interval)), nil
 }
 
 // runs are the newest of the source's runs for which where holds, dry ones left out.
