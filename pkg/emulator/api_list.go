@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/tidwall/gjson"
+	"github.com/tidwall/sjson"
 )
 
 const (
@@ -270,7 +271,7 @@ func (c *call) spoilPage(page []Object) []Object {
 		page[0].JSON = bytes.Replace(page[0].JSON, []byte(`"id":"`+page[0].ID+`"`), []byte(`"id":""`), 1)
 	case c.mood == SaysDeleted && len(page) > 0:
 		last := &page[len(page)-1]
-		last.JSON = c.clerk.render(deleted{Deleted: true, ID: last.ID, Object: field(last.JSON, "object")})
+		last.JSON, _ = sjson.SetBytes(last.JSON, "deleted", true) // it can be set; and keeps its place in the order
 	}
 	return page
 }
