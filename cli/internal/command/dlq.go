@@ -75,15 +75,14 @@ func (c *cli) dlqList() *cobra.Command {
 	var (
 		flags        letterFlags
 		grouped, num bool
-		limit        int
-		cursor       string
-		o            output
+		p            paging
 	)
 	cmd := &cobra.Command{
 		Use:   "list",
 		Short: "List dead letters, newest event first; or count or group them",
 		Long: "list reads the delivery log and no letter, so it is quick at any number. --count counts by handler, type and reason; --group puts\n" +
-			"together what failed in the same way (same handler and reason, and an error that differs only in ids and numbers).",
+			"together what failed in the same way (same handler and reason, and an error that differs only in ids and numbers).\n" +
+			"Both have no pages: all is shown, or as many as --limit says.",
 		Example: "  usher dlq list --group\n  usher dlq list --type 'user.*' --since 24h --output json",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -93,8 +92,11 @@ func (c *cli) dlqList() *cobra.Command {
 				return err
 			case grouped && num:
 				return errors.New("--group and --count: give one of the two")
-			case limit < 1 || limit > maxLimit:
-				return fmt.Errorf("--limit %d: want 1 to %d; --cursor goes on from page to page", limit, maxLimit)
+			case (grouped || num) && p.cursor != "":
+				return errors.New("--cursor: groups and counts have no pages")
+			}
+			if err := p.check(cmd); err != nil {
+				return err
 			}
 			r, err := c.reach()
 			if err != nil {
@@ -114,7 +116,7 @@ func (c *cli) dlqList() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				return printListing(c.env.Stdout, o, listing[deadletter.Count]{Items: counts}, []string{"events", "handler", "type", "reason"}, func(n deadletter.Count) []string {
+				return printSome(c, p, counts, []string{"events", "handler", "type", "reason"}, func(n deadletter.Count) []string {
 					return []string{strconv.Itoa(n.Events), n.Handler, typeText(n.Type), string(n.Reason)}
 				})
 			case grouped:
@@ -123,20 +125,20 @@ func (c *cli) dlqList() *cobra.Command {
 					return err
 				}
 				header := []string{"events", "users", "handler", "reason", "fingerprint", "first seen", "last seen", "for example"}
-				return printListing(c.env.Stdout, o, listing[deadletter.Group]{Items: groups}, header, func(g deadletter.Group) []string {
+				return printSome(c, p, groups, header, func(g deadletter.Group) []string {
 					return []string{strconv.Itoa(g.Events), strconv.Itoa(g.Users), g.Handler, string(g.Reason), g.Fingerprint, timeText(g.FirstSeen), timeText(g.LastSeen), short(g.Example)}
 				})
 			default:
-				entries, next, err := deadletter.List(cmd.Context(), db, f, cursor, limit)
-				if errors.Is(err, deadletter.ErrCursor) {
-					return fmt.Errorf("--cursor: %w", err)
-				}
-				if err != nil {
-					return err
-				}
 				header := []string{"received", "id", "type", "handler", "reason", "attempts", "error"}
-				return printListing(c.env.Stdout, o, listing[deadletter.Entry]{Items: entries, Next: next}, header, func(e deadletter.Entry) []string {
+				row := func(e deadletter.Entry) []string {
 					return []string{timeText(e.ReceivedAt), e.EventID, typeText(e.Type), e.Handler, string(e.Reason), strconv.Itoa(e.Attempts), short(e.Error)}
+				}
+				return printPages(c, p, header, row, func(cursor string, limit int) (listing[deadletter.Entry], error) {
+					entries, next, err := deadletter.List(cmd.Context(), db, f, cursor, limit)
+					if errors.Is(err, deadletter.ErrCursor) {
+						err = fmt.Errorf("--cursor: %w", err)
+					}
+					return listing[deadletter.Entry]{Items: entries, Next: next}, err
 				})
 			}
 		},
@@ -145,9 +147,7 @@ func (c *cli) dlqList() *cobra.Command {
 	f := cmd.Flags()
 	f.BoolVar(&grouped, "group", false, "group by kind of failure")
 	f.BoolVar(&num, "count", false, "count by handler, type and reason")
-	f.IntVar(&limit, "limit", 50, "dead letters per page")
-	f.StringVar(&cursor, "cursor", "", "where the last page ended (its `next`)")
-	outputFlag(cmd, &o)
+	p.addFlags(cmd, "dead letters")
 	return cmd
 }
 

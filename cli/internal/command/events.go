@@ -79,13 +79,8 @@ type listOptions struct {
 	status  string
 	handler string
 	since   since
-	limit   int
-	cursor  string
-	output  output
+	paging
 }
-
-// maxLimit bounds one page.
-const maxLimit = 1000
 
 func (c *cli) eventsList() *cobra.Command {
 	var o listOptions
@@ -100,23 +95,13 @@ func (c *cli) eventsList() *cobra.Command {
 			"  usher events list --user user_… --limit 10",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			switch {
-			case o.limit < 1 || o.limit > maxLimit:
-				return fmt.Errorf("--limit %d: want 1 to %d; --cursor goes on from page to page", o.limit, maxLimit)
-			case o.status != "" && !slices.Contains(statuses, o.status):
+			if o.status != "" && !slices.Contains(statuses, o.status) {
 				return fmt.Errorf("--status %q: want one of %s", o.status, strings.Join(statuses, ", "))
 			}
-			list, err := c.listEvents(cmd.Context(), o)
-			if err != nil {
+			if err := o.check(cmd); err != nil {
 				return err
 			}
-			return printListing(c.env.Stdout, o.output, list, []string{"received", "id", "type", "user", "origin", "deliveries"}, func(e listedEvent) []string {
-				var became []string
-				for _, d := range e.Deliveries {
-					became = append(became, d.Handler+"="+d.Status)
-				}
-				return []string{timeText(e.ReceivedAt), e.ID, typeText(e.Type), cmp.Or(e.UserID, "-"), e.Origin, strings.Join(became, " ")}
-			})
+			return c.listEvents(cmd.Context(), o)
 		},
 	}
 	f := cmd.Flags()
@@ -126,33 +111,39 @@ func (c *cli) eventsList() *cobra.Command {
 	f.StringVar(&o.status, "status", "", "only events of this status: "+strings.Join(statuses, ", "))
 	f.StringVar(&o.handler, "handler", "", "only events that this handler had in hand")
 	f.Var(&o.since, "since", "only events received since then")
-	f.IntVar(&o.limit, "limit", 50, "events per page")
-	f.StringVar(&o.cursor, "cursor", "", "where the last page ended (its `next`)")
-	outputFlag(cmd, &o.output)
+	o.addFlags(cmd, "events")
 	return cmd
 }
 
-func (c *cli) listEvents(ctx context.Context, o listOptions) (listing[listedEvent], error) {
-	var list listing[listedEvent]
+func (c *cli) listEvents(ctx context.Context, o listOptions) error {
 	r, err := c.reach()
 	if err != nil {
-		return list, err
+		return err
 	}
 	defer r.close()
 	db, err := r.database(ctx)
 	if err != nil {
-		return list, err
+		return err
 	}
 	if err := r.checkHandler(ctx, db, o.handler); err != nil {
-		return list, err
-	}
-	// One snapshot, so that an event and its deliveries fit together.
-	err = database.InReadTx(ctx, db, func(tx *gorm.DB) error {
-		var err error
-		list, err = findEvents(tx, o)
 		return err
+	}
+	row := func(e listedEvent) []string {
+		var became []string
+		for _, d := range e.Deliveries {
+			became = append(became, d.Handler+"="+d.Status)
+		}
+		return []string{timeText(e.ReceivedAt), e.ID, typeText(e.Type), cmp.Or(e.UserID, "-"), e.Origin, strings.Join(became, " ")}
+	}
+	return printPages(c, o.paging, []string{"received", "id", "type", "user", "origin", "deliveries"}, row, func(cursor string, limit int) (list listing[listedEvent], err error) {
+		o.cursor, o.limit = cursor, limit
+		// One snapshot, so that an event and its deliveries fit together.
+		err = database.InReadTx(ctx, db, func(tx *gorm.DB) error {
+			list, err = findEvents(tx, o)
+			return err
+		})
+		return list, err
 	})
-	return list, err
 }
 
 // findEvents finds one page: events below the cursor in the order (received_at, event_id) downwards, one row more to

@@ -71,11 +71,75 @@ func printListing[T any](w io.Writer, o output, list listing[T], header []string
 		if err := tw.Flush(); err != nil {
 			return fmt.Errorf("print: %w", err)
 		}
-		if list.Next != "" {
-			_, _ = fmt.Fprintf(w, "\nmore: --cursor %s\n", list.Next)
+		return nil
+	}
+}
+
+// paging are the flags of a listing that comes in pages.
+type paging struct {
+	output output
+	limit  int
+	cursor string
+	given  bool // the limit was
+}
+
+// maxLimit bounds one page.
+const maxLimit = 1000
+
+func (p *paging) addFlags(cmd *cobra.Command, what string) {
+	f := cmd.Flags()
+	f.IntVar(&p.limit, "limit", 50, what+" per page; ndjson without it lists all")
+	f.StringVar(&p.cursor, "cursor", "", "where the last page ended (its `next`)")
+	outputFlag(cmd, &p.output)
+}
+
+func (p *paging) check(cmd *cobra.Command) error {
+	p.given = cmd.Flags().Changed("limit")
+	if p.limit < 1 || p.limit > maxLimit {
+		return fmt.Errorf("--limit %d: want 1 to %d; --cursor goes on from page to page", p.limit, maxLimit)
+	}
+	return nil
+}
+
+// printPages writes a listing: one page and, where that is not all, how to see the next one (on stderr, as flags to add to the same
+// command; JSON has it in itself). NDJSON without a limit is all pages; one of them is held at a time.
+func printPages[T any](c *cli, p paging, header []string, row func(T) []string, fetch func(cursor string, limit int) (listing[T], error)) error {
+	all := p.output == outputNDJSON && !p.given
+	if all {
+		p.limit = maxLimit
+	}
+	for {
+		list, err := fetch(p.cursor, p.limit)
+		if err != nil {
+			return err
+		}
+		if err := printListing(c.env.Stdout, p.output, list, header, row); err != nil {
+			return err
+		}
+		p.cursor = list.Next
+		switch {
+		case p.cursor != "" && all:
+			continue
+		case p.cursor != "" && p.output != outputJSON:
+			c.say("more: --cursor %s", p.cursor)
 		}
 		return nil
 	}
+}
+
+// printSome writes a listing that has no pages, of which a limit is the beginning.
+func printSome[T any](c *cli, p paging, items []T, header []string, row func(T) []string) error {
+	total := len(items)
+	if p.given {
+		items = items[:min(p.limit, total)]
+	}
+	if err := printListing(c.env.Stdout, p.output, listing[T]{Items: items}, header, row); err != nil {
+		return err
+	}
+	if len(items) < total {
+		c.say("%d of %d are shown; without --limit all are", len(items), total)
+	}
+	return nil
 }
 
 // printObject writes one value as JSON: indented, or on one line.
