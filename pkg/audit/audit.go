@@ -1,7 +1,7 @@
 // Package audit remembers who changed what on purpose: one row of audit_log for every replay and every discard.
 //
 // The row is there before the first change is made, so a run that was killed has left a trace; it says what was done by
-// the time of its last note. The package refuses nothing and decides nothing: a caller that cannot write its row must not begin.
+// the time of its last note, which is to be taken after every page. The package refuses nothing and decides nothing: a caller that cannot write its row must not begin.
 package audit
 
 import (
@@ -33,6 +33,9 @@ const unfinished = "has not come to its end: running, or killed"
 type Log struct {
 	db *gorm.DB
 	id string
+
+	affected int       // by the last note
+	noted    time.Time // when that was
 }
 
 // Begin writes the row of a run that is about to change something. selector is what was asked for, as flags say it.
@@ -46,7 +49,7 @@ func Begin(ctx context.Context, db *gorm.DB, actor string, action Action, select
 	if err := db.WithContext(ctx).Exec(insert, id, now, actor, string(action), selector, unfinished).Error; err != nil {
 		return nil, fmt.Errorf("write audit log: %w", err)
 	}
-	return &Log{db: db, id: id}, nil
+	return &Log{db: db, id: id, noted: now}, nil
 }
 
 // newID sorts by time: a KSUID, which knows the second only, with the nanoseconds in front of what is random.
@@ -61,9 +64,25 @@ func newID(at time.Time) (string, error) {
 	return id.String(), nil
 }
 
-// Note says how far the run has come.
+// noteEvery is how often a note is written where no more is affected, noteTimeout how long a run is held up by one.
+const (
+	noteEvery   = time.Second
+	noteTimeout = time.Second
+)
+
+// Note says how far the run has come. It is to be called at every step: it writes where more is affected than it knew, and else once
+// a second. A note that fails is no reason to stop; the next one says it all.
 func (l *Log) Note(ctx context.Context, affected, failed int) error {
-	return l.update(ctx, affected, failed, unfinished)
+	if affected == l.affected && time.Since(l.noted) < noteEvery {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, noteTimeout)
+	defer cancel()
+	if err := l.update(ctx, affected, failed, unfinished); err != nil {
+		return err
+	}
+	l.affected, l.noted = affected, time.Now()
+	return nil
 }
 
 // End says how the run ended: detail is why before its end, empty where it came to it.

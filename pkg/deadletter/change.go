@@ -50,7 +50,7 @@ func Replay(ctx context.Context, js jetstream.JetStream, db *gorm.DB, f Filter, 
 	var result Result
 	dlq, err := open(ctx, js)
 	if err != nil {
-		return result, err
+		return result, replay.Explain(err)
 	}
 	if result.Selected, f.through, err = total(ctx, db, f); err != nil || result.Selected == 0 {
 		return result, err
@@ -80,7 +80,11 @@ func replayAll(ctx context.Context, dlq jetstream.Stream, db *gorm.DB, f Filter,
 		if err := run.Wait(ctx); err != nil {
 			return err
 		}
-		entries, err := after(ctx, db, f, at, run.Window())
+		var entries []Entry
+		err := run.Try(ctx, func(ctx context.Context) (err error) {
+			entries, err = after(ctx, db, f, at, run.Window())
+			return err
+		})
 		if err != nil || len(entries) == 0 {
 			return err
 		}
@@ -97,7 +101,13 @@ func replayAll(ctx context.Context, dlq jetstream.Stream, db *gorm.DB, f Filter,
 
 // replayPage replays as many entries as may be held at once, from the first on, and returns their number.
 func replayPage(ctx context.Context, dlq jetstream.Stream, db *gorm.DB, entries []Entry, run *replay.Run, result *Result) (int, error) {
-	n, items, found, err := readAll(ctx, dlq, entries)
+	var n int
+	var items []replay.Item
+	var found []held
+	err := run.Try(ctx, func(ctx context.Context) (err error) {
+		n, items, found, err = readAll(ctx, dlq, entries)
+		return err
+	})
 	if err != nil {
 		return 0, err
 	}
@@ -109,7 +119,7 @@ func replayPage(ctx context.Context, dlq jetstream.Stream, db *gorm.DB, entries 
 		ids[item.ID] = true
 	}
 	found = slices.DeleteFunc(found, func(l held) bool { return !ids[l.replayID] })
-	if err := settle(ctx, db, dlq, found); err != nil {
+	if err := settle(ctx, db, dlq, run, found); err != nil {
 		return 0, errors.Join(publishErr, err)
 	}
 	return n, publishErr
@@ -160,7 +170,7 @@ func readPage(ctx context.Context, dlq jetstream.Stream, entries []Entry) ([]*je
 func readAll(ctx context.Context, dlq jetstream.Stream, entries []Entry) (n int, _ []replay.Item, _ []held, _ error) {
 	messages, err := readPage(ctx, dlq, entries)
 	if err != nil {
-		return 0, nil, nil, err
+		return 0, nil, nil, replay.Explain(err)
 	}
 	items, found := make([]replay.Item, 0, len(entries)), make([]held, 0, len(entries))
 	for i, msg := range messages {
@@ -175,28 +185,36 @@ func readAll(ctx context.Context, dlq jetstream.Stream, entries []Entry) (n int,
 
 // Discard gives up every dead letter that f selects: the letter is deleted, then the log's row says discarded. A run that was
 // broken off in between has left rows without a letter, which the next one discards.
-func Discard(ctx context.Context, js jetstream.JetStream, db *gorm.DB, f Filter, progress func(Result)) (Result, error) {
+func Discard(ctx context.Context, js jetstream.JetStream, db *gorm.DB, f Filter, outage replay.Outage, progress func(Result)) (Result, error) {
 	var result Result
 	dlq, err := open(ctx, js)
 	if err != nil {
-		return result, err
+		return result, replay.Explain(err)
 	}
 	if result.Selected, f.through, err = total(ctx, db, f); err != nil {
 		return result, err
 	}
 	for at := (place{}); ctx.Err() == nil; {
-		entries, err := after(ctx, db, f, at, page)
+		var entries []Entry
+		err := outage.Try(ctx, func(ctx context.Context) (err error) {
+			entries, err = after(ctx, db, f, at, page)
+			return err
+		})
 		if err != nil || len(entries) == 0 {
 			return result, err
 		}
 		at = entries[len(entries)-1].place()
 		for len(entries) > 0 {
-			n, _, found, err := readAll(ctx, dlq, entries) // only a row's own letter is deleted
+			var n int
+			var found []held
+			err := outage.Try(ctx, func(ctx context.Context) (err error) {
+				n, _, found, err = readAll(ctx, dlq, entries) // only a row's own letter is deleted
+				return err
+			})
 			if err != nil {
 				return result, err
 			}
-			discarded, err := giveUp(ctx, db, dlq, entries[:n], found)
-			result.Discarded += discarded
+			err = giveUp(ctx, db, dlq, outage, entries[:n], found, &result)
 			if progress != nil {
 				progress(result)
 			}
@@ -210,27 +228,51 @@ func Discard(ctx context.Context, js jetstream.JetStream, db *gorm.DB, f Filter,
 }
 
 // giveUp deletes the letters of a page that were found and then marks its rows, also where ctx has ended meanwhile.
-func giveUp(ctx context.Context, db *gorm.DB, dlq jetstream.Stream, entries []Entry, found []held) (int, error) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), settleTime)
+func giveUp(ctx context.Context, db *gorm.DB, dlq jetstream.Stream, outage replay.Outage, entries []Entry, found []held, result *Result) error {
+	ctx, cancel := grace(ctx)
 	defer cancel()
-	if err := deleteAll(ctx, dlq, found); err != nil {
-		return 0, err
+	if err := outage.Try(ctx, func(ctx context.Context) error { return deleteAll(ctx, dlq, found) }); err != nil {
+		return err
 	}
 	all := make([]held, len(entries))
 	for i, e := range entries {
 		all[i] = held{Entry: e}
 	}
-	return markDiscarded(ctx, db, all)
+	return outage.Try(ctx, func(ctx context.Context) error {
+		n, err := markDiscarded(ctx, db, all)
+		result.Discarded += n // what was marked at a try that failed is not found by the next
+		return err
+	})
 }
 
 // settle marks the rows of what was published and then deletes the letters, also where ctx has ended meanwhile.
-func settle(ctx context.Context, db *gorm.DB, dlq jetstream.Stream, letters []held) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), settleTime)
+func settle(ctx context.Context, db *gorm.DB, dlq jetstream.Stream, run *replay.Run, letters []held) error {
+	ctx, cancel := grace(ctx)
 	defer cancel()
-	if _, err := markRetrying(ctx, db, letters); err != nil {
+	err := run.Try(ctx, func(ctx context.Context) error {
+		_, err := markRetrying(ctx, db, letters)
+		return err
+	})
+	if err != nil {
 		return err
 	}
-	return deleteAll(ctx, dlq, letters)
+	return run.Try(ctx, func(ctx context.Context) error { return deleteAll(ctx, dlq, letters) })
+}
+
+// grace is a context that ends [settleTime] after its parent.
+func grace(parent context.Context) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(context.WithoutCancel(parent))
+	stop := context.AfterFunc(parent, func() {
+		select {
+		case <-time.After(settleTime):
+			cancel()
+		case <-ctx.Done():
+		}
+	})
+	return ctx, func() {
+		stop()
+		cancel()
+	}
 }
 
 func deleteAll(ctx context.Context, dlq jetstream.Stream, letters []held) error {
@@ -251,7 +293,7 @@ func remove(ctx context.Context, dlq jetstream.Stream, seq uint64) error {
 	if _, getErr := dlq.GetMsg(ctx, seq); errors.Is(getErr, jetstream.ErrMsgNotFound) {
 		return nil
 	}
-	return fmt.Errorf("delete dead letter %d: %w", seq, err)
+	return fmt.Errorf("delete dead letter %d: %w", seq, replay.Explain(err))
 }
 
 // markRetrying says in the log that a letter is with its handler again: its attempts begin anew. A row that the worker has written

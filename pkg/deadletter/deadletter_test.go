@@ -326,7 +326,7 @@ func TestLargeLettersAreHeldAFewAtATime(t *testing.T) {
 	t.Run("Discard", func(t *testing.T) {
 		t.Parallel()
 		db, m := setup(t)
-		result, err := deadletter.Discard(t.Context(), m, db, deadletter.Filter{}, nil)
+		result, err := deadletter.Discard(t.Context(), m, db, deadletter.Filter{}, replay.Outage{}, nil)
 		require.NoError(t, err)
 		assert.Equal(t, deadletter.Result{Selected: n, Discarded: n}, result)
 		bounded(t, m)

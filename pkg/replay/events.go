@@ -68,7 +68,7 @@ func intersect(a, b string) (string, bool) {
 func FirstAt(ctx context.Context, s jetstream.Stream, at time.Time) (uint64, error) {
 	info, err := s.Info(ctx)
 	if err != nil {
-		return 0, fmt.Errorf("look up stream %s: %w", stream.Events, err)
+		return 0, fmt.Errorf("look up stream %s: %w", stream.Events, Explain(err))
 	}
 	first, last := info.State.FirstSeq, info.State.LastSeq
 	if info.State.Msgs == 0 {
@@ -88,7 +88,7 @@ func FirstAt(ctx context.Context, s jetstream.Stream, at time.Time) (uint64, err
 		return err != nil || !msg.Time.Before(at)
 	})
 	if err != nil {
-		return 0, fmt.Errorf("find the first event after %s: %w", at.Format(time.RFC3339), err)
+		return 0, fmt.Errorf("find the first event after %s: %w", at.Format(time.RFC3339), Explain(err))
 	}
 	return first + uint64(n), nil
 }
@@ -104,7 +104,7 @@ func Count(ctx context.Context, js jetstream.JetStream, sel Selection) (int, err
 		AckPolicy: jetstream.AckNonePolicy, InactiveThreshold: 10 * time.Second, MemoryStorage: true, Replicas: 1,
 	})
 	if err != nil {
-		return 0, fmt.Errorf("count events: %w", err)
+		return 0, fmt.Errorf("count events: %w", Explain(err))
 	}
 	info := consumer.CachedInfo()
 	_ = js.DeleteConsumer(ctx, stream.Events, info.Name) // or it goes by itself
@@ -131,7 +131,11 @@ func (r *Run) Events(ctx context.Context, s jetstream.Stream, sel Selection) err
 		window := r.Window()
 		items := make([]Item, 0, window)
 		for held := 0; len(items) < window && held <= PageBytes-EventBytes; {
-			msg, err := take(ctx, s, sel, next, at)
+			var msg *jetstream.RawStreamMsg
+			err := r.Try(ctx, func(ctx context.Context) (err error) {
+				msg, err = take(ctx, s, sel, next, at)
+				return err
+			})
 			if err != nil {
 				return err
 			}
@@ -168,7 +172,7 @@ func take(ctx context.Context, s jetstream.Stream, sel Selection, next []*jetstr
 			case errors.Is(err, jetstream.ErrMsgNotFound):
 				at[i] = sel.Last + 1
 			case err != nil:
-				return nil, fmt.Errorf("read event %d: %w", at[i], err)
+				return nil, fmt.Errorf("read event %d: %w", at[i], Explain(err))
 			default:
 				next[i], at[i] = msg, msg.Sequence+1
 			}
@@ -202,7 +206,11 @@ func (r *Run) Each(ctx context.Context, s jetstream.Stream, sel Selection, place
 		n := 0
 		for held := 0; n < window && held <= PageBytes-EventBytes; n++ {
 			place := places[n]
-			msg, err := s.GetMsg(ctx, place.Seq)
+			var msg *jetstream.RawStreamMsg
+			err := r.Try(ctx, func(ctx context.Context) (err error) {
+				msg, err = s.GetMsg(ctx, place.Seq)
+				return Explain(err)
+			})
 			if errors.Is(err, jetstream.ErrMsgNotFound) {
 				gone++
 				continue

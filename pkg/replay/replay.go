@@ -72,6 +72,8 @@ type Options struct {
 	MinSample int
 	// Patience is how long the run waits without a new outcome (30 s).
 	Patience time.Duration
+	// Outage is how a database or a broker that is away is met.
+	Outage Outage
 	// Progress is called after every step, from the run's goroutine.
 	Progress func(Progress)
 }
@@ -161,32 +163,12 @@ func (r *Run) Window() int {
 // Publish publishes a window of items and returns those that the broker has stored. The error is about the others: whether they are
 // stored is not known, and publishing them again is harmless.
 func (r *Run) Publish(ctx context.Context, items []Item) ([]Item, error) {
-	var first error
-	futures := make([]jetstream.PubAckFuture, 0, len(items))
-	for _, item := range items {
-		if first = r.limiter.Wait(ctx); first != nil {
-			break
-		}
-		future, err := r.js.PublishMsgAsync(item.Message)
-		if err != nil {
-			first = fmt.Errorf("replay %s: %w", item.EventID, err)
-			break
-		}
-		futures = append(futures, future)
-	}
-	// Acks come in order or time out together, so that waiting for one after the other costs nothing. An interrupted run waits as
-	// well: what is stored is better known.
-	stored := make([]Item, 0, len(futures))
-	for i, future := range futures {
-		select {
-		case <-future.Ok():
-			stored = append(stored, items[i])
-		case err := <-future.Err():
-			if first == nil {
-				first = fmt.Errorf("replay %s: %w", items[i].EventID, err)
-			}
-		}
-	}
+	var stored []Item
+	err := r.Try(ctx, func(context.Context) error { // its own time limit is that of an ack; a rate may need more
+		done, rest, err := r.publish(ctx, items)
+		stored, items = append(stored, done...), rest
+		return err
+	})
 	for _, item := range stored {
 		if r.watching() {
 			r.open[key{item.Handler, item.EventID}] = item.ID
@@ -195,7 +177,51 @@ func (r *Run) Publish(ctx context.Context, items []Item) ([]Item, error) {
 	r.progress.Published += len(stored)
 	r.moved = time.Now()
 	r.report()
-	return stored, first
+	return stored, err
+}
+
+// publish tries once and returns what is stored and what is not known to be.
+func (r *Run) publish(ctx context.Context, items []Item) (stored, rest []Item, first error) {
+	futures := make([]jetstream.PubAckFuture, 0, len(items))
+	for _, item := range items {
+		if first = r.limiter.Wait(ctx); first != nil {
+			break
+		}
+		future, err := r.js.PublishMsgAsync(item.Message)
+		if err != nil {
+			first = fmt.Errorf("replay %s: %w", item.EventID, Explain(err))
+			break
+		}
+		futures = append(futures, future)
+	}
+	// Acks come in order or time out together, so that waiting for one after the other costs nothing. An interrupted run waits as
+	// well: what is stored is better known.
+	for i, future := range futures {
+		select {
+		case <-future.Ok():
+			stored = append(stored, items[i])
+		case err := <-future.Err():
+			rest = append(rest, items[i])
+			if first == nil {
+				first = fmt.Errorf("replay %s: %w", items[i].EventID, Explain(err))
+			}
+		}
+	}
+	return stored, append(rest, items[len(futures):]...), first
+}
+
+// Try does a step of the run, again and again while the database or the broker is away. See [Outage.Try].
+func (r *Run) Try(ctx context.Context, step func(context.Context) error) error {
+	o := r.opts.Outage
+	o.Tell = func(cause error, took time.Duration) {
+		if cause == nil {
+			r.moved = time.Now() // nobody got on meanwhile
+		}
+		if r.opts.Outage.Tell != nil {
+			r.opts.Outage.Tell(cause, took)
+		}
+	}
+	return o.Try(ctx, step)
 }
 
 func (r *Run) report() {
@@ -237,7 +263,11 @@ func (r *Run) await(ctx context.Context, enough func() (bool, error)) error {
 			return ctx.Err() //nolint:wrapcheck // the context's own
 		case <-timer.C:
 		}
-		seen, err := r.look(ctx)
+		seen := 0
+		err := r.Try(ctx, func(ctx context.Context) (err error) {
+			seen, err = r.look(ctx)
+			return err
+		})
 		if err != nil {
 			return err
 		}

@@ -67,12 +67,26 @@ func (b *bulk) check(selected bool) error {
 }
 
 // replayOptions are the flags as a run wants them.
-func (b *bulk) replayOptions() replay.Options {
-	o := replay.Options{Rate: b.rate, StopAt: b.stopAt / 100, Patience: b.patience}
+func (c *cli) replayOptions(b *bulk) replay.Options {
+	o := replay.Options{Rate: b.rate, StopAt: b.stopAt / 100, Patience: b.patience, Outage: c.outage()}
 	if b.stopAt == 0 { // zero means the default there
 		o.StopAt = 1e-9
 	}
 	return o
+}
+
+// outageLimit is how long a change waits for a database or a broker that went away.
+const outageLimit = time.Minute
+
+// outage is how a change meets a database or a broker that is away: it waits, and says so.
+func (c *cli) outage() replay.Outage {
+	return replay.Outage{Limit: outageLimit, Tell: func(cause error, took time.Duration) {
+		if cause != nil {
+			c.say("usher: %v; trying again for up to %s", cause, outageLimit)
+			return
+		}
+		c.say("usher: it goes on, after %s", took.Round(100*time.Millisecond))
+	}}
 }
 
 // bulkResult is what a bulk change prints.
@@ -149,12 +163,18 @@ func (c *cli) begin(ctx context.Context, db *gorm.DB, b *bulk, action audit.Acti
 	return audit.Begin(ctx, db, cmp.Or(b.actor, c.whoami()), action, selector)
 }
 
-// end completes it, also where the user has interrupted. A failure is told and changes nothing else: the row says by itself
-// that it was not completed.
+// note says in it how far a change has come. What fails here is said by the next note, or at the end.
+func (c *cli) note(ctx context.Context, log *audit.Log, affected, failed int) {
+	_ = log.Note(context.WithoutCancel(ctx), affected, failed)
+}
+
+// end completes it, also where the user has interrupted, and tries for some seconds where the database is away. A failure is told and changes
+// nothing else: the row says by itself that it was not completed.
 func (c *cli) end(ctx context.Context, log *audit.Log, affected, failed int, detail string) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTimeout)
 	defer cancel()
-	if err := log.End(ctx, affected, failed, detail); err != nil {
+	patient := replay.Outage{Limit: requestTimeout}
+	if err := patient.Try(ctx, func(ctx context.Context) error { return log.End(ctx, affected, failed, detail) }); err != nil {
 		c.say("usher: %v", err)
 	}
 }

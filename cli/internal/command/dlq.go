@@ -16,7 +16,6 @@ import (
 	"gorm.io/gorm"
 
 	"github.com/usherhq/usher/pkg/audit"
-	"github.com/usherhq/usher/pkg/config"
 	"github.com/usherhq/usher/pkg/deadletter"
 	"github.com/usherhq/usher/pkg/event"
 	"github.com/usherhq/usher/pkg/stream"
@@ -320,11 +319,11 @@ func (c *cli) dlqDiscard() *cobra.Command {
 // letterChange is a bulk change of dead letters: what was selected, and where.
 type letterChange struct {
 	*bulk
-	filter   deadletter.Filter
-	selected int
-	settings *config.Settings
-	js       jetstream.JetStream
-	db       *gorm.DB
+	filter    deadletter.Filter
+	selected  int
+	instances map[string]string // by source
+	js        jetstream.JetStream
+	db        *gorm.DB
 }
 
 // changeLetters does what all bulk changes of dead letters have in common: the selection is checked and counted first.
@@ -341,7 +340,7 @@ func (c *cli) changeLetters(ctx context.Context, ids []string, flags *letterFlag
 		return err
 	}
 	defer r.close()
-	l := &letterChange{bulk: b, filter: f, settings: r.settings}
+	l := &letterChange{bulk: b, filter: f, instances: r.instances()}
 	if l.db, err = r.database(ctx); err != nil {
 		return err
 	}
@@ -385,7 +384,10 @@ func (c *cli) replayLetters(ctx context.Context, l *letterChange) error {
 		return err
 	}
 	bar := c.progress(l.selected, "replaying")
-	done, err := deadletter.Replay(ctx, l.js, l.db, l.filter, l.replayOptions(), func(p deadletter.Result) { _ = bar.Set(p.Replayed + p.Gone) })
+	done, err := deadletter.Replay(ctx, l.js, l.db, l.filter, c.replayOptions(l.bulk), func(p deadletter.Result) {
+		_ = bar.Set(p.Replayed + p.Gone)
+		c.note(ctx, log, p.Replayed, p.Failed+p.Gone)
+	})
 	_ = bar.Finish()
 	result := &bulkResult{
 		Selected: done.Selected, Replayed: done.Replayed, Applied: done.Applied, Gone: done.Gone, Failed: done.Gone + done.Failed,
@@ -414,7 +416,10 @@ func (c *cli) discardLetters(ctx context.Context, l *letterChange) error {
 		return err
 	}
 	bar := c.progress(l.selected, "discarding")
-	done, err := deadletter.Discard(ctx, l.js, l.db, l.filter, func(p deadletter.Result) { _ = bar.Set(p.Discarded) })
+	done, err := deadletter.Discard(ctx, l.js, l.db, l.filter, c.outage(), func(p deadletter.Result) {
+		_ = bar.Set(p.Discarded)
+		c.note(ctx, log, p.Discarded, 0)
+	})
 	_ = bar.Finish()
 	result.Selected, result.Discarded, result.Stopped = done.Selected, done.Discarded, detail(ctx, "", err)
 	c.end(ctx, log, result.Discarded, 0, result.Stopped)
@@ -426,10 +431,6 @@ func (c *cli) discardLetters(ctx context.Context, l *letterChange) error {
 
 // tryLetters tells what a replay would bring, by running the handlers on every letter and rolling back.
 func (c *cli) tryLetters(ctx context.Context, l *letterChange) error {
-	instances := map[string]string{}
-	for _, src := range l.settings.Sources {
-		instances[src.Name] = src.InstanceID
-	}
 	result := &bulkResult{Selected: l.selected, DryRun: true, WouldPass: new(int)}
 	groups := map[string]*failing{}
 	bar := c.progress(l.selected, "trying")
@@ -438,7 +439,7 @@ func (c *cli) tryLetters(ctx context.Context, l *letterChange) error {
 		if r == nil {
 			result.Gone++
 		}
-		err := try(ctx, l.db, instances, e, r)
+		err := try(ctx, l.db, l.instances, e, r)
 		switch {
 		case err == nil:
 			*result.WouldPass++

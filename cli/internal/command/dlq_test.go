@@ -417,7 +417,7 @@ func TestReplayMayCrashAnywhereAndIsAppliedOnce(t *testing.T) {
 							y.work(cfg)
 						}
 						dying := openDatabase(t, url)
-						_, err := deadletter.Replay(t.Context(), crash{y.js, at, dying}, dying, deadletter.Filter{}, replay.Options{StopAt: 1}, nil)
+						_, err := deadletter.Replay(t.Context(), crash{y.js, at, dying}, dying, deadletter.Filter{}, replay.Options{StopAt: 1, Outage: replay.Outage{Limit: -1}}, nil)
 						require.Error(t, err)
 						if working && at != "before publish" {
 							y.quiet("counter")

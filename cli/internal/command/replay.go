@@ -257,8 +257,11 @@ func (c *cli) replayEvents(ctx context.Context, o *replayFlags) error {
 		return err
 	}
 	bar := c.progress(result.Selected, "replaying")
-	options := o.replayOptions()
-	options.Progress = func(p replay.Progress) { _ = bar.Set(p.Published) }
+	options := c.replayOptions(&o.bulk)
+	options.Progress = func(p replay.Progress) {
+		_ = bar.Set(p.Published)
+		c.note(ctx, log, p.Published, p.Failed)
+	}
 	run := replay.New(js, db, options)
 	for _, sel := range selections {
 		if len(o.events) > 0 {

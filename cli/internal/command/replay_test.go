@@ -1,0 +1,143 @@
+package command
+
+import (
+	"bytes"
+	"os/exec"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/usherhq/usher/pkg/audit"
+	"github.com/usherhq/usher/pkg/dbtest"
+	"github.com/usherhq/usher/pkg/stream"
+)
+
+// audited is a row of audit_log.
+type audited struct {
+	Action, Selector, Detail string
+	Affected, Failed         int
+}
+
+func (y *yard) audits() []audited {
+	y.t.Helper()
+	var rows []audited
+	require.NoError(y.t, y.db.Table("audit_log").Order("id").Find(&rows).Error)
+	return rows
+}
+
+// begun runs a command beside the test; the channel gets its result.
+func (y *yard) begun(args ...string) <-chan result {
+	done := make(chan result, 1)
+	go func() { done <- y.Run(args...) }()
+	return done
+}
+
+// until waits for a condition.
+func (y *yard) until(what string, condition func() bool) {
+	y.t.Helper()
+	require.Eventually(y.t, condition, 30*time.Second, 5*time.Millisecond, what)
+}
+
+func TestReplayWaitsForADatabaseThatIsRestarted(t *testing.T) {
+	t.Parallel()
+	const n = 400
+	server := dbtest.NewServer(t)
+	y, c, cfg := newCounting(t, server.Create(t, "usher"), n)
+	c.set(nil)
+	y.work(cfg)
+	done := y.begun("dlq", "replay", "--all", "--yes", "--rate", "150", "-o", "json")
+	y.until("noted while it runs", func() bool { return y.count("audit_log", "affected >= 50 AND detail LIKE 'has not come%'") == 1 })
+	server.Stop()
+	time.Sleep(1500 * time.Millisecond) // the outage
+	server.Start(t)
+	r := (<-done).want(exitOK)
+	assert.Equal(t, bulkResult{Selected: n, Replayed: n, Applied: n}, into[bulkResult](r))
+	assert.Contains(t, r.err, "trying again for up to 1m0s")
+	assert.Contains(t, r.err, "it goes on")
+	y.appliedOnce(n)
+	assert.Zero(t, y.letters())
+	assert.Equal(t, []audited{{Action: "dead_letters.replay", Selector: "--all", Affected: n}}, y.audits())
+}
+
+func TestReplayWaitsForABrokerThatIsRestarted(t *testing.T) {
+	t.Parallel()
+	eachDatabase(t, func(t *testing.T, url string) {
+		const n = 300
+		y, c, cfg := newCounting(t, url, n)
+		c.set(nil)
+		y.work(cfg)
+		done := y.begun("dlq", "replay", "--all", "--yes", "--rate", "150", "-o", "json")
+		y.until("noted while it runs", func() bool { return y.count("audit_log", "affected >= 50") == 1 })
+		y.nats.Stop()
+		time.Sleep(time.Second) // the outage
+		y.nats.Start()
+		r := (<-done).want(exitOK)
+		assert.Equal(t, n, into[bulkResult](r).Replayed)
+		assert.Contains(t, r.err, "the broker does not answer: check that it runs and can be reached; trying again")
+		assert.NotContains(t, r.err, "outbound buffer")
+		y.wait("counter", "processed", n) // acks that were lost come again in a minute, and are recognised
+		assert.Equal(t, n, y.count("applied", "times = 1"))
+		assert.Zero(t, y.letters())
+		assert.Equal(t, n, y.audits()[0].Affected)
+	})
+}
+
+func TestReplayThatIsKilledLeavesItsNumber(t *testing.T) {
+	t.Parallel()
+	const n, rate = 300, 100
+	y, c, cfg := newCounting(t, "sqlite:"+t.TempDir()+"/usher.db", n)
+	c.set(nil)
+	y.work(cfg)
+	usher := y.build()
+	cmd := exec.Command(usher.path, "dlq", "replay", "--all", "--yes", "--rate", "100")
+	var shown bytes.Buffer
+	cmd.Env, cmd.Stderr = usher.env, &shown
+	require.NoError(t, cmd.Start())
+	y.until("half way", func() bool { return y.letters() <= n/2 })
+	require.NoError(t, cmd.Process.Kill())
+	_ = cmd.Wait()
+	row := y.audits()[0]
+	assert.InDelta(t, n-y.letters(), row.Affected, rate, shown.String())
+	assert.Contains(t, row.Detail, "killed")
+}
+
+func TestReplaysEndIsWrittenOnceTheDatabaseIsBack(t *testing.T) {
+	t.Parallel()
+	server := dbtest.NewServer(t)
+	url := server.Create(t, "usher")
+	y := newYard(t, url)
+	log, err := audit.Begin(t.Context(), y.db, "ada", audit.ReplayLetters, "--all")
+	require.NoError(t, err)
+	server.Stop()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		(&cli{env: Env{Stderr: &bytes.Buffer{}}}).end(t.Context(), log, 657, 1, "conn closed")
+	}()
+	server.Start(t)
+	<-done
+	assert.Equal(t, []audited{{Action: "dead_letters.replay", Selector: "--all", Detail: "conn closed", Affected: 657, Failed: 1}}, y.audits())
+}
+
+func TestReplayIntoAFullStreamSaysWhatToDo(t *testing.T) {
+	t.Parallel()
+	y, c, _ := newCounting(t, "sqlite:"+t.TempDir()+"/usher.db", 5)
+	c.set(nil)
+	s, err := y.js.Stream(t.Context(), stream.Events)
+	require.NoError(t, err)
+	full := s.CachedInfo().Config
+	full.MaxBytes = int64(s.CachedInfo().State.Bytes)
+	_, err = y.js.UpdateStream(t.Context(), full)
+	require.NoError(t, err)
+	for _, command := range [][]string{{"dlq", "replay", "--all"}, {"replay", "--all"}} {
+		r := y.Run(append(command, "--yes")...).want(exitUsage)
+		assert.Contains(t, r.err, "stream CLERK_EVENTS has no room", command)
+		assert.Contains(t, r.err, "USHER_RETENTION", command)
+		assert.NotContains(t, r.err, "10077", command)
+	}
+	for _, row := range y.audits() {
+		assert.Contains(t, row.Detail, "has no room")
+	}
+}
