@@ -23,6 +23,7 @@ type API interface {
 	Pages(ctx context.Context, resource string, order clerk.Order, cursor string) iter.Seq2[clerk.Page, error]
 	Find(ctx context.Context, resource, id, organizationID string) (clerk.Object, bool, error)
 	Count(ctx context.Context, resource string) (int64, error)
+	Tally(ctx context.Context, resource string, newest time.Time) (clerk.Tally, error)
 	Latest(ctx context.Context, resource string) (clerk.Object, bool, error)
 }
 
@@ -189,6 +190,9 @@ func (w *sweep) known(ctx context.Context) error {
 
 // full sweeps one table whole.
 func (w *sweep) full(ctx context.Context) error {
+	if w.at.Cursor == "" {
+		w.restart() // of what was seen without a cursor to go on from, all is seen again
+	}
 	before, err := w.api.Count(ctx, w.table)
 	if err != nil {
 		return fmt.Errorf("count: %w", err)
@@ -219,8 +223,10 @@ func (w *sweep) full(ctx context.Context) error {
 	if err := w.extras(ctx); err != nil {
 		return err
 	}
-	// What the mirror will have once all is applied. A difference that remains has a reason that a sweep cannot take away.
-	w.at.Rows = w.checked() + w.at.Unlisted - w.at.Defeated
+	// What the mirror will have once all is applied. A difference that remains has a reason that a sweep cannot take away; what came
+	// and went meanwhile is none.
+	seen := w.checked() + w.at.Unlisted
+	w.at.Rows = after + seen - min(max(seen, min(before, after)), max(before, after)) - w.at.Defeated
 	return nil
 }
 
@@ -315,7 +321,6 @@ func (w *sweep) unmatched(id string) {
 // keyed compares by id, for objects that come in no order. It remembers a hash of each id, 8 bytes an object, and is not resumed within
 // the table.
 func (w *sweep) keyed(ctx context.Context) error {
-	w.restart()
 	seen := map[uint64]struct{}{}
 	for page, err := range w.api.Pages(ctx, w.table, clerk.Created, "") {
 		if err != nil {
@@ -370,11 +375,6 @@ func (w *sweep) incremental(ctx context.Context) error {
 	if !last.Done || last.Absent || w.at.Cursor != "" {
 		return w.full(ctx) // there is nothing yet to go on from, or it was cut off in the midst of sweeping whole
 	}
-	count, err := w.api.Count(ctx, w.table)
-	if err != nil {
-		return fmt.Errorf("count: %w", err)
-	}
-	w.at.Count = count
 	if clerk.Sorted(w.table, clerk.Updated) && last.Watermark != 0 {
 		if err := w.changes(ctx, last.Watermark-overlap.Milliseconds()); err != nil {
 			return err
@@ -383,46 +383,24 @@ func (w *sweep) incremental(ctx context.Context) error {
 			return err
 		}
 	}
-	rows, err := w.books.count(ctx, w.table)
-	if err != nil {
-		return err
-	}
-	w.at.Rows = rows
 	if w.at.Watermark == 0 {
 		w.at.Watermark = last.Watermark
 	}
-	if count-rows == last.Count-last.Rows {
-		return nil
-	}
-	// It may be lag, which is over in a moment.
-	if err := sleep(ctx, w.cfg.Pause); err != nil {
-		return err
-	}
-	if count, err = w.api.Count(ctx, w.table); err != nil {
-		return fmt.Errorf("count: %w", err)
-	}
-	if rows, err = w.books.count(ctx, w.table); err != nil {
-		return err
-	}
-	if w.at.Count, w.at.Rows = count, rows; count-rows == last.Count-last.Rows {
-		return nil
-	}
-	pending, _, err := w.backlog(ctx)
+	now, err := w.sample(ctx)
 	if err != nil {
 		return err
 	}
-	if pending > 0 { // the next run will see
-		w.at.Count, w.at.Rows = last.Count, last.Rows
+	w.at.Count, w.at.Rows = now.All, now.rows
+	if now.all(last) == 0 && now.old(last) == 0 {
 		return nil
 	}
-	w.log.Info("counts differ, sweeping whole", zap.String("resource", w.table), zap.Int64("clerk", count), zap.Int64("mirror", rows))
-	w.restart()
-	return w.full(ctx)
+	return w.differ(ctx, last, now)
 }
 
 // restart forgets what was compared of the table.
 func (w *sweep) restart() {
 	w.at.Cursor, w.at.Created, w.at.Checked, w.at.Matched, w.at.Unmatched = "", 0, 0, 0, nil
+	w.at.Unlisted, w.at.Defeated, w.at.Apart, w.at.Gone = 0, 0, 0, nil
 	w.tail.checked, w.tail.matched, w.from = 0, 0, 0
 }
 

@@ -234,11 +234,15 @@ func object(v gjson.Result) (Object, error) {
 
 // Count asks Clerk how many objects of a resource there are. It is Clerk's number, not a count of anything read.
 func (c *Client) Count(ctx context.Context, resource string) (int64, error) {
+	return c.count(ctx, resource, nil)
+}
+
+func (c *Client) count(ctx context.Context, resource string, query url.Values) (int64, error) {
 	r, err := lookup(resource)
 	if err != nil {
 		return 0, fmt.Errorf("count %s: %w", resource, err)
 	}
-	path, query := r.path+"/count", url.Values(nil)
+	path := r.path + "/count"
 	if !r.array {
 		path, query = r.path, url.Values{"limit": {"1"}}
 	}

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"net/http"
 	"slices"
+	"sort"
 	"strconv"
 	"strings"
 
@@ -507,8 +508,12 @@ func (a *API) countUsers(c *call) {
 	}
 	var n int
 	switch {
-	case c.crowd != nil && choose == nil:
+	case c.crowd != nil:
 		n = c.crowd.Size()
+		if c.has("created_at_before") { // the other filters do not look at a crowd
+			at, _ := strconv.ParseInt(c.one("created_at_before"), 10, 64) // was looked at above
+			n = sort.Search(n, func(number int) bool { return c.crowd.CreatedAt(number) >= at })
+		}
 	case choose != nil:
 		c.clerk.mu.Lock()
 		n = len(choose())
