@@ -128,7 +128,8 @@ func (w *sweep) store(ctx context.Context, drifts []*drift) ([]*drift, error) {
 	group.SetLimit(256)
 	for i, d := range drifts {
 		group.Go(func() error {
-			acks[i], errs[i] = w.publishOne(gctx, &d.event)
+			e := d.event // the publisher may look at it a little longer, and d may get another name
+			acks[i], errs[i] = w.publishOne(gctx, &e)
 			if errors.Is(errs[i], stream.ErrTooLarge) {
 				return nil
 			}
