@@ -313,7 +313,8 @@ func (c *Client) Sessions(ctx context.Context, userID string) ([]Object, error) 
 
 // Find looks for one object of a resource that has no address of its own by reading the list it must be in: that of its organization,
 // where organizationID is given and the resource belongs to one, else that of the instance. False only where that list was
-// read whole, agreed with its own count and did not have it, or where Clerk says that the organization does not exist.
+// read whole, agreed with its own count and did not have it, or where Clerk says that the organization does not exist. Of what is
+// [Partial] that is no proof.
 // It costs a request for each 500 objects of the list.
 func (c *Client) Find(ctx context.Context, resource, id, organizationID string) (Object, bool, error) {
 	fail := func(err error) (Object, bool, error) {

@@ -49,6 +49,7 @@ type resource struct {
 	created, updated bool   // can be ordered by created_at, updated_at
 	addressable      bool   // has one address for each object
 	optional         bool   // belongs to a feature that an instance may do without
+	partial          bool   // the list leaves objects out: that one is not in it proves nothing
 }
 
 var resources = []resource{
@@ -56,7 +57,8 @@ var resources = []resource{
 	{name: "organizations", path: "/organizations", created: true, addressable: true, optional: true},
 	{name: "organization_memberships", path: "/organization_memberships", below: "/memberships", created: true, optional: true},
 	// Of these two it is not documented that the instance's list can be ordered.
-	{name: "organization_invitations", path: "/organization_invitations", below: "/invitations", optional: true},
+	// Invitations that a domain made are in no list, and of the others it depends on their status.
+	{name: "organization_invitations", path: "/organization_invitations", below: "/invitations", optional: true, partial: true},
 	{name: "organization_domains", path: "/organization_domains", below: "/domains", optional: true},
 	{name: "roles", path: "/organization_roles", created: true, optional: true},
 	{name: "permissions", path: "/organization_permissions", created: true, optional: true},
@@ -92,6 +94,12 @@ func Addressable(resource string) bool {
 func Optional(resource string) bool {
 	r, err := lookup(resource)
 	return err == nil && r.optional
+}
+
+// Partial tells whether Clerk's list of a resource leaves out objects that there are. That it does not have one proves nothing then.
+func Partial(resource string) bool {
+	r, err := lookup(resource)
+	return err == nil && r.partial
 }
 
 func lookup(name string) (resource, error) {

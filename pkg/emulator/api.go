@@ -37,6 +37,8 @@ type APIConfig struct {
 	NoCursor, IgnoreCursor bool
 	// LastingCursor lets starting_after name a user who is gone meanwhile; else that is a 404. What Clerk does is not known.
 	LastingCursor bool
+	// Unlisted tells which objects no list shows and no count counts, though they can be read by themselves. Cursors ignore it.
+	Unlisted func(table string, o Object) bool
 	// Crowd takes the place of the story's users: any number of them without memory.
 	Crowd *Crowd
 	// Moods are the rates of what goes wrong, by mood; Seed decides where.

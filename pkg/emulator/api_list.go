@@ -201,8 +201,16 @@ func (l listing) cut(list []*Object, after int) []Object {
 	return page
 }
 
+// hidden is what lists leave out, nil for nothing.
+func (a *API) hidden(table string) func(*Object) bool {
+	if a.cfg.Unlisted == nil {
+		return nil
+	}
+	return func(o *Object) bool { return a.cfg.Unlisted(table, *o) }
+}
+
 // page takes one page of a table, false where the cursor names nobody.
-func (c *Clerk) page(name string, l listing, lasting bool) (page []Object, total int, found bool) {
+func (c *Clerk) page(name string, l listing, lasting bool, hidden func(*Object) bool) (page []Object, total int, found bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	t := c.state[name]
@@ -211,6 +219,13 @@ func (c *Clerk) page(name string, l listing, lasting bool) (page []Object, total
 	}
 	list := t.inOrder(l.field)
 	after := -1
+	if hidden != nil {
+		list = slices.DeleteFunc(slices.Clone(list), hidden)
+		if l.after != "" {
+			after = slices.IndexFunc(list, func(o *Object) bool { return o.ID == l.after })
+			return l.cut(list, after), len(list), after >= 0
+		}
+	}
 	if l.after != "" {
 		o := t.byID[l.after]
 		if o == nil || (o.DeletedAt != 0 && !lasting) {
@@ -351,7 +366,7 @@ func (a *API) listOf(table string, orders ...string) func(*call) {
 				return
 			}
 		}
-		page, total, _ := c.clerk.page(table, l, false)
+		page, total, _ := c.clerk.page(table, l, false, a.hidden(table))
 		c.counted(page, total)
 	}
 }
@@ -369,6 +384,9 @@ func (a *API) ofOrganization(table string) func(*call) {
 		}
 		c.clerk.mu.Lock()
 		list := c.clerk.owned(table, o.ID)
+		if hidden := a.hidden(table); hidden != nil {
+			list = slices.DeleteFunc(list, hidden)
+		}
 		if ids := c.query["user_id"]; len(ids) > 0 {
 			list = slices.DeleteFunc(list, func(o *Object) bool { return !slices.Contains(ids, field(o.JSON, "public_user_data.user_id")) })
 		}
@@ -503,6 +521,9 @@ func (c *call) onlyUsers(more ...string) bool {
 
 func (a *API) countUsers(c *call) {
 	choose, ok := c.userFilter()
+	if choose == nil && a.cfg.Unlisted != nil {
+		choose = func() []*Object { return c.clerk.filtered("users", func(*Object) bool { return true }) }
+	}
 	if !ok || !c.onlyUsers("limit", "offset", "order_by") { // the SDK sends those of the page too
 		return
 	}
@@ -516,7 +537,11 @@ func (a *API) countUsers(c *call) {
 		}
 	case choose != nil:
 		c.clerk.mu.Lock()
-		n = len(choose())
+		list := choose()
+		if hidden := a.hidden("users"); hidden != nil {
+			list = slices.DeleteFunc(list, hidden)
+		}
+		n = len(list)
 		c.clerk.mu.Unlock()
 	default:
 		n, _ = c.clerk.Count("users")
@@ -537,8 +562,8 @@ func (a *API) users(c *call) {
 	if !ok {
 		return
 	}
-	if choose == nil {
-		page, _, found := c.clerk.page("users", l, a.cfg.LastingCursor)
+	if choose == nil { // the lists of those that are asked for leave nobody out
+		page, _, found := c.clerk.page("users", l, a.cfg.LastingCursor, a.hidden("users"))
 		if !found {
 			c.noUser(l.after)
 			return
