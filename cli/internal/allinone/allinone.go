@@ -113,6 +113,7 @@ func New(ctx context.Context, cfg Config) (_ *Instance, err error) {
 	i.State.PID, i.State.Mode, i.State.StartedAt = os.Getpid(), cfg.Mode, time.Now().UTC()
 	i.State.NATSURL, i.State.DatabaseURL, i.State.DatabaseSchema = b.url, absoluteDatabase(s.DatabaseURL), s.DatabaseSchema
 	i.State.SigningSecret, i.State.ClerkAPIURL, i.State.ClerkSecretKey = cfg.SigningSecret, cfg.ClerkAPIURL, cfg.ClerkSecretKey
+	i.State.Instances = worker.ConfigFrom(s).Instances
 	if err := i.State.write(s.DataDir); err != nil {
 		return nil, err
 	}

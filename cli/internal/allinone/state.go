@@ -22,6 +22,8 @@ type State struct {
 	IngestURL      string    `json:"ingest_url"` // where to POST webhooks of the default source
 	ConsoleURL     string    `json:"console_url"`
 	OpsURL         string    `json:"ops_url"`
+	// Instances are the Clerk instances that the worker holds events to, by source, so that a dry run judges as it does.
+	Instances map[string]string `json:"instances,omitempty"`
 	// SigningSecret is the secret that dev made up; serve writes none.
 	SigningSecret string `json:"signing_secret,omitempty"`
 	// ClerkAPIURL and ClerkSecretKey are the emulated Clerk of a demo, so that verify and reconcile compare with that.

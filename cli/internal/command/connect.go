@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -162,6 +163,21 @@ func (r *reach) planDatabase(ctx context.Context) (*gorm.DB, error) {
 		address = "sqlite:" + filepath.Join(dir, "usher.db")
 	}
 	return r.open(ctx, address, schema)
+}
+
+// instances are the Clerk instances that the events of a source must be of: what the settings name, else what the running instance
+// of the data folder was started with.
+func (r *reach) instances() map[string]string {
+	instances := map[string]string{}
+	if r.stateErr == nil && !r.given("USHER_NATS_URL") {
+		maps.Copy(instances, r.state.Instances)
+	}
+	for source, id := range worker.ConfigFrom(r.settings).Instances {
+		if id != "" {
+			instances[source] = id
+		}
+	}
+	return instances
 }
 
 // checkHandler refuses the name of a handler that nobody knows: none of this version, none that left a row in the delivery log, and no

@@ -147,7 +147,7 @@ func (r *reach) source(name string) (clerk.Source, error) {
 		return clerk.Source{}, fmt.Errorf("--from %s: there is no such source", name)
 	}
 	s := r.settings.Sources[i]
-	source := clerk.Source{Name: name, APIURL: r.settings.ClerkAPIURL, SecretKey: s.SecretKey, InstanceID: s.InstanceID}
+	source := clerk.Source{Name: name, APIURL: r.settings.ClerkAPIURL, SecretKey: s.SecretKey, InstanceID: r.instances()[name]}
 	if name == r.settings.Source && r.stateErr == nil && r.state.ClerkSecretKey != "" && !r.given("USHER_NATS_URL") {
 		source.APIURL, source.SecretKey, source.Quota = r.state.ClerkAPIURL, r.state.ClerkSecretKey, -1 // an emulator has no other callers
 		return source, nil
