@@ -24,6 +24,7 @@ type Result struct {
 	Gone      int    // could not be replayed, since their letters are gone
 	Applied   int    // of the replayed: known to be applied
 	Failed    int    // of the replayed: known to have failed again
+	Open      int    // of the replayed: without an outcome, where outcomes are waited for
 	Stopped   string // why it ended early
 }
 
@@ -45,7 +46,8 @@ const settleTime = 10 * time.Second
 // worker was faster), the letter is deleted. Whatever step comes last, repeating is harmless: before the mark, the same id is published
 // again; after it, the row is no longer dead and the event is in the stream.
 //
-// The error of a run that too many failures stopped is nil, and Result.Stopped says why.
+// The error of a run that too many failures or a handler that does not get on stopped is nil, and Result.Stopped says why. It is
+// [stream.ErrSetup], before anything is published, where a handler has no consumer.
 func Replay(ctx context.Context, js jetstream.JetStream, db *gorm.DB, f Filter, o replay.Options, progress func(Result)) (Result, error) {
 	var result Result
 	dlq, err := open(ctx, js)
@@ -55,8 +57,15 @@ func Replay(ctx context.Context, js jetstream.JetStream, db *gorm.DB, f Filter, 
 	if result.Selected, f.through, err = total(ctx, db, f); err != nil || result.Selected == 0 {
 		return result, err
 	}
+	handlers, err := handlersOf(ctx, db, f)
+	if err != nil {
+		return result, err
+	}
+	if err := replay.Ready(ctx, js, handlers...); err != nil {
+		return result, err //nolint:wrapcheck // it names the handler
+	}
 	o.Progress = func(p replay.Progress) {
-		result.Replayed, result.Applied, result.Failed = p.Published, p.Applied, p.Failed
+		result.Replayed, result.Applied, result.Failed, result.Open = p.Published, p.Applied, p.Failed, p.Open
 		if progress != nil {
 			progress(result)
 		}
@@ -72,6 +81,15 @@ func Replay(ctx context.Context, js jetstream.JetStream, db *gorm.DB, f Filter, 
 		return result, nil
 	}
 	return result, err
+}
+
+// handlersOf are the handlers that gave up what f selects.
+func handlersOf(ctx context.Context, db *gorm.DB, f Filter) ([]string, error) {
+	var names []string
+	if err := f.dead(ctx, db).Distinct("handler").Order("handler").Pluck("handler", &names).Error; err != nil {
+		return nil, fmt.Errorf("list handlers with dead letters: %w", err)
+	}
+	return names, nil
 }
 
 func replayAll(ctx context.Context, dlq jetstream.Stream, db *gorm.DB, f Filter, run *replay.Run, result *Result) error {
@@ -176,7 +194,11 @@ func readAll(ctx context.Context, dlq jetstream.Stream, entries []Entry) (n int,
 	for i, msg := range messages {
 		if msg != nil {
 			id := replayID(msg.Sequence, msg.Time)
-			items = append(items, replay.NewItem(entries[i].Handler, id, msg))
+			item := replay.NewItem(entries[i].Handler, id, msg)
+			if at := entries[i].LastFailedAt; at != nil {
+				item = item.Seen(*at)
+			}
+			items = append(items, item)
 			found = append(found, held{entries[i], id})
 		}
 	}

@@ -167,7 +167,7 @@ func TestFilterSelectsAndPagesMissNothing(t *testing.T) {
 func TestGetReadsTheLetterAndSaysWhereItIsGone(t *testing.T) {
 	t.Parallel()
 	db := dbtest.SQLite(t)
-	_, js := natstest.New(t).Setup()
+	_, js := natstest.New(t).Setup(stream.HandlerSpec{Name: "mirror"})
 	seq := put(t, js, "mirror", "a", 5)
 	rows := []row{dead("a", seq), dead("gone", 77), dead("never", 3, func(r *row) { r.LetterSeq = nil }), dead("other", seq)}
 	require.NoError(t, db.Create(&rows).Error)
@@ -201,7 +201,7 @@ func TestGetReadsTheLetterAndSaysWhereItIsGone(t *testing.T) {
 func TestAReplayIsTheOriginalAndNothingOfTheLetter(t *testing.T) {
 	t.Parallel()
 	db := dbtest.SQLite(t)
-	_, js := natstest.New(t).Setup()
+	_, js := natstest.New(t).Setup(stream.HandlerSpec{Name: "mirror"})
 	require.NoError(t, db.Create(ptr(dead("a", put(t, js, "mirror", "a", 5)))).Error)
 	_, err := deadletter.Replay(t.Context(), js, db, deadletter.Filter{}, replay.Options{StopAt: 1}, nil)
 	require.NoError(t, err)
@@ -233,7 +233,7 @@ func TestAReplayIsTheOriginalAndNothingOfTheLetter(t *testing.T) {
 
 func TestPutTwiceIsOneLetterUnlessItWasTakenAway(t *testing.T) {
 	t.Parallel()
-	_, js := natstest.New(t).Setup()
+	_, js := natstest.New(t).Setup(stream.HandlerSpec{Name: "mirror"})
 	first := put(t, js, "mirror", "a", 5)
 	assert.Equal(t, first, put(t, js, "mirror", "a", 5))
 	assert.NotEqual(t, first, put(t, js, "mirror", "b", 5), "another event at the same sequence, of a stream made anew")
@@ -294,7 +294,7 @@ func TestLargeLettersAreHeldAFewAtATime(t *testing.T) {
 	setup := func(t *testing.T) (*gorm.DB, *meter) {
 		t.Helper()
 		db := dbtest.SQLite(t)
-		_, js := natstest.New(t).Setup()
+		_, js := natstest.New(t).Setup(stream.HandlerSpec{Name: "mirror"})
 		rows := make([]row, n)
 		for i := range rows {
 			id := fmt.Sprintf("e_%02d", i)
@@ -350,7 +350,7 @@ func TestLargeLettersAreHeldAFewAtATime(t *testing.T) {
 func TestSweepMakesLettersAndIndexAgree(t *testing.T) {
 	t.Parallel()
 	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {
-		_, js := natstest.New(t).Setup()
+		_, js := natstest.New(t).Setup(stream.HandlerSpec{Name: "mirror"})
 		s, err := js.Stream(t.Context(), stream.DeadLetters)
 		require.NoError(t, err)
 		seq := map[string]uint64{}
@@ -426,7 +426,7 @@ func TestSweepMakesLettersAndIndexAgree(t *testing.T) {
 func TestSweepIsCheapWhereNothingIsMissing(t *testing.T) {
 	t.Parallel()
 	db := dbtest.SQLite(t)
-	_, js := natstest.New(t).Setup()
+	_, js := natstest.New(t).Setup(stream.HandlerSpec{Name: "mirror"})
 	sweeper := deadletter.NewSweeper(js, db)
 	sweeper.MinAge = 0
 	swept, err := sweeper.Sweep(t.Context())

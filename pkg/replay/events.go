@@ -147,10 +147,31 @@ func (r *Run) Events(ctx context.Context, s jetstream.Stream, sel Selection) err
 		if len(items) == 0 {
 			return nil
 		}
-		if _, err := r.Publish(ctx, items); err != nil {
+		if err := r.give(ctx, sel, items); err != nil {
 			return err
 		}
 	}
+}
+
+// give publishes a window of a selection, knowing what the log said of it before.
+func (r *Run) give(ctx context.Context, sel Selection, items []Item) error {
+	at := make(map[string]int, len(items))
+	ids := make([]string, len(items))
+	for i, item := range items {
+		at[item.EventID], ids[i] = i, item.EventID
+	}
+	err := r.Try(ctx, func(ctx context.Context) error {
+		rows, err := r.rows(ctx, sel.Handler, ids)
+		for _, row := range rows {
+			items[at[row.EventID]].seen = row.writtenAt()
+		}
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	_, err = r.Publish(ctx, items)
+	return err
 }
 
 func (s Selection) item(msg *jetstream.RawStreamMsg) Item {
@@ -225,7 +246,7 @@ func (r *Run) Each(ctx context.Context, s jetstream.Stream, sel Selection, place
 			}
 			items, held = append(items, item), held+len(msg.Data)
 		}
-		if _, err := r.Publish(ctx, items); err != nil {
+		if err := r.give(ctx, sel, items); err != nil {
 			return gone, err
 		}
 		places = places[n:]

@@ -35,6 +35,9 @@ type Item struct {
 	EventID string
 	ID      string // of the replay: the same for every attempt at it, and never that of another
 	Message *nats.Msg
+
+	seen time.Time // when the log's row was written, the last time that it was looked at
+	seq  uint64    // once it is stored
 }
 
 // NewItem makes the replay of a stored message (of [stream.Events] or [stream.DeadLetters]).
@@ -61,6 +64,12 @@ func (i Item) WithEffects() Item {
 	return i
 }
 
+// Seen tells when the log's row had been written before the item is published: what it says is no outcome until it is written again.
+func (i Item) Seen(at time.Time) Item {
+	i.seen = at
+	return i
+}
+
 // Options say how a run behaves. A zero field means its default.
 type Options struct {
 	// Rate is how many events a second are published at most (no limit).
@@ -83,6 +92,7 @@ type Progress struct {
 	Published int // stored by the broker, now or at an earlier attempt
 	Applied   int // of these, known to be applied
 	Failed    int // of these, known to have failed again
+	Open      int // of these, watched and without an outcome
 }
 
 // Why a run stops before its end. What it published stays published.
@@ -108,6 +118,20 @@ const (
 	EventBytes = 1<<20 + stream.HeaderRoom
 )
 
+// Ready returns [stream.ErrSetup], with the handler's name, where one of the handlers has no consumer: what is published for it would lie there.
+func Ready(ctx context.Context, js jetstream.JetStream, handlers ...string) error {
+	for _, handler := range handlers {
+		_, err := js.Consumer(ctx, stream.Events, handler)
+		switch {
+		case errors.Is(err, jetstream.ErrConsumerNotFound), errors.Is(err, jetstream.ErrStreamNotFound):
+			return fmt.Errorf("handler %s has no consumer: %w", handler, stream.ErrSetup)
+		case err != nil:
+			return fmt.Errorf("look up the consumer of %s: %w", handler, Explain(err))
+		}
+	}
+	return nil
+}
+
 // Run publishes items and watches them. It is for one goroutine.
 type Run struct {
 	js      jetstream.JetStream
@@ -116,12 +140,19 @@ type Run struct {
 	limiter *rate.Limiter
 
 	progress Progress
-	ahead    int            // how many may be open
-	open     map[key]string // published and without an outcome: the replay's id
-	moved    time.Time      // when the last outcome was seen, or the last event published
+	ahead    int           // how many may be open
+	open     map[key]watch // published and without an outcome
+	moved    time.Time     // when the last outcome was seen, or the last event published
 }
 
 type key struct{ handler, event string }
+
+// watch is what an outcome is known by.
+type watch struct {
+	id   string
+	seq  uint64    // of the message
+	seen time.Time // when the log's row had been written, as it was before the message was published
+}
 
 // New prepares a run; it publishes nothing.
 func New(js jetstream.JetStream, db *gorm.DB, o Options) *Run {
@@ -138,11 +169,15 @@ func New(js jetstream.JetStream, db *gorm.DB, o Options) *Run {
 	if o.Patience == 0 {
 		o.Patience = 30 * time.Second
 	}
-	return &Run{js: js, db: db, opts: o, limiter: rate.NewLimiter(limit, 1), ahead: firstAhead, open: map[key]string{}, moved: time.Now()}
+	return &Run{js: js, db: db, opts: o, limiter: rate.NewLimiter(limit, 1), ahead: firstAhead, open: map[key]watch{}, moved: time.Now()}
 }
 
 // Progress is how far the run has come.
-func (r *Run) Progress() Progress { return r.progress }
+func (r *Run) Progress() Progress {
+	p := r.progress
+	p.Open = len(r.open)
+	return p
+}
 
 // watching tells whether outcomes matter.
 func (r *Run) watching() bool { return r.opts.StopAt < 1 }
@@ -171,7 +206,7 @@ func (r *Run) Publish(ctx context.Context, items []Item) ([]Item, error) {
 	})
 	for _, item := range stored {
 		if r.watching() {
-			r.open[key{item.Handler, item.EventID}] = item.ID
+			r.open[key{item.Handler, item.EventID}] = watch{item.ID, item.seq, item.seen}
 		}
 	}
 	r.progress.Published += len(stored)
@@ -198,8 +233,10 @@ func (r *Run) publish(ctx context.Context, items []Item) (stored, rest []Item, f
 	// well: what is stored is better known.
 	for i, future := range futures {
 		select {
-		case <-future.Ok():
-			stored = append(stored, items[i])
+		case ack := <-future.Ok():
+			item := items[i]
+			item.seq = ack.Sequence
+			stored = append(stored, item)
 		case err := <-future.Err():
 			rest = append(rest, items[i])
 			if first == nil {
@@ -226,7 +263,7 @@ func (r *Run) Try(ctx context.Context, step func(context.Context) error) error {
 
 func (r *Run) report() {
 	if r.opts.Progress != nil {
-		r.opts.Progress(r.progress)
+		r.opts.Progress(r.Progress())
 	}
 }
 
@@ -241,14 +278,10 @@ func (r *Run) Wait(ctx context.Context) error {
 	})
 }
 
-// Finish waits for the outcomes of what was published. One that does not come is no error here: its event is in the
-// stream, and the handler will come to it.
+// Finish waits for the outcomes of what was published. The error is ErrStalled where one does not come: the event is in the stream, and the
+// handler will come to it.
 func (r *Run) Finish(ctx context.Context) error {
-	err := r.await(ctx, func() (bool, error) { return len(r.open) == 0, nil })
-	if errors.Is(err, ErrStalled) {
-		return nil
-	}
-	return err
+	return r.await(ctx, func() (bool, error) { return len(r.open) == 0, nil })
 }
 
 func (r *Run) await(ctx context.Context, enough func() (bool, error)) error {
@@ -280,10 +313,65 @@ func (r *Run) await(ctx context.Context, enough func() (bool, error)) error {
 			return err
 		}
 		if time.Since(r.moved) > r.opts.Patience {
-			return fmt.Errorf("%w: no outcome within %s; is a worker running, and has it a backlog?", ErrStalled, r.opts.Patience)
+			return r.stalled(ctx)
 		}
 		timer.Reset(pause)
 	}
+}
+
+// stalled says why nothing moves. A consumer that is gone is not waited for.
+func (r *Run) stalled(ctx context.Context) error {
+	handlers := map[string]bool{}
+	for k := range r.open {
+		handlers[k.handler] = true
+	}
+	names := slices.Sorted(maps.Keys(handlers))
+	if err := Ready(ctx, r.js, names...); errors.Is(err, stream.ErrSetup) {
+		return err
+	}
+	return fmt.Errorf("%w: no news of %d within %s; is a worker running with handler %s, and what does its /readyz say? They are in the stream, and are applied once it goes on",
+		ErrStalled, len(r.open), r.opts.Patience, strings.Join(names, ", "))
+}
+
+// row is what the delivery log says of an event at a handler.
+type row struct {
+	EventID, Status string
+	Attempts        int
+	ReplayID        *string
+	StreamSeq       *uint64
+	ProcessedAt     *time.Time
+}
+
+func (r row) replayID() string {
+	if r.ReplayID == nil {
+		return ""
+	}
+	return *r.ReplayID
+}
+
+func (r row) writtenAt() time.Time {
+	if r.ProcessedAt == nil {
+		return time.Time{}
+	}
+	return *r.ProcessedAt
+}
+
+func (r row) seq() uint64 {
+	if r.StreamSeq == nil {
+		return 0
+	}
+	return *r.StreamSeq
+}
+
+// rows looks events up in the log of a handler.
+func (r *Run) rows(ctx context.Context, handler string, ids []string) ([]row, error) {
+	var rows []row
+	err := r.db.WithContext(ctx).Table("deliveries").Where("handler = ? AND event_id IN ?", handler, ids).
+		Select("event_id, status, attempts, replay_id, stream_seq, processed_at").Find(&rows).Error
+	if err != nil {
+		return nil, fmt.Errorf("look what became of replays: %w", err)
+	}
+	return rows, nil
 }
 
 // look finds outcomes and returns how many are new.
@@ -295,26 +383,20 @@ func (r *Run) look(ctx context.Context) (int, error) {
 	before := len(r.open)
 	for handler, ids := range byHandler {
 		for part := range slices.Chunk(ids, maxWindow) {
-			var rows []struct {
-				EventID, Status string
-				Attempts        int
-				ReplayID        *string
-			}
-			err := r.db.WithContext(ctx).Table("deliveries").Where("handler = ? AND event_id IN ?", handler, part).
-				Select("event_id, status, attempts, replay_id").Find(&rows).Error
+			rows, err := r.rows(ctx, handler, part)
 			if err != nil {
-				return 0, fmt.Errorf("look what became of replays: %w", err)
+				return 0, err
 			}
 			for _, row := range rows {
 				k := key{handler, row.EventID}
-				switch {
-				case row.ReplayID == nil || *row.ReplayID != r.open[k]: // not this replay's doing, so far
-				case row.Status == "processed":
+				switch r.open[k].outcome(row) {
+				case applied:
 					r.progress.Applied++
 					delete(r.open, k)
-				case row.Attempts > 0: // it failed once, at least; the schedule of its retries may last for hours
+				case failed:
 					r.progress.Failed++
 					delete(r.open, k)
+				case unknown:
 				}
 			}
 		}
@@ -324,4 +406,27 @@ func (r *Run) look(ctx context.Context) (int, error) {
 		r.ahead = min(lastAhead, r.ahead+seen)
 	}
 	return seen, nil
+}
+
+type outcome int
+
+const (
+	unknown outcome = iota
+	applied
+	failed
+)
+
+// outcome is what a row says of a message. The row may be another's: whoever applied the event since it was published has settled it.
+// A failure is the message's where the row names it, or where one behind it has failed.
+func (w watch) outcome(r row) outcome {
+	mine := r.replayID() == w.id
+	since := mine || !r.writtenAt().Equal(w.seen)
+	switch {
+	case r.Status == "processed" && since:
+		return applied
+	case r.Status != "processed" && r.Attempts > 0 && (mine || since && r.seq() > w.seq): // the schedule of its retries may last for hours
+		return failed
+	default:
+		return unknown
+	}
 }

@@ -13,6 +13,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
+	"gorm.io/gorm"
 
 	"github.com/usherhq/usher/pkg/dbtest"
 	"github.com/usherhq/usher/pkg/event"
@@ -190,4 +191,76 @@ func TestLargeEventsAreHeldAFewAtATime(t *testing.T) {
 		assert.Greater(t, m.most, replay.PageBytes/2, name)
 		assert.Zero(t, m.held, name)
 	}
+}
+
+// logged writes a row of the delivery log.
+func logged(t *testing.T, db *gorm.DB, event, status, replayID string, attempts int, seq uint64, at time.Time) {
+	t.Helper()
+	var id any
+	if replayID != "" {
+		id = replayID
+	}
+	require.NoError(t, db.Exec(`INSERT INTO deliveries (handler, event_id, type, source, origin, status, attempts, received_at, processed_at, stream_seq, replay_id)
+		VALUES ('mirror', ?, 'user.created', 'clerk', 'webhook', ?, ?, ?, ?, ?, ?) ON CONFLICT (handler, event_id) DO UPDATE SET status = excluded.status,
+		attempts = excluded.attempts, processed_at = excluded.processed_at, stream_seq = excluded.stream_seq, replay_id = excluded.replay_id`,
+		event, status, attempts, at.UTC(), at.UTC(), seq, id).Error)
+}
+
+// stored publishes so many events, msg_0 and so on, and returns the stream.
+func stored(t *testing.T, js jetstream.JetStream, n int) jetstream.Stream {
+	t.Helper()
+	for i := range n {
+		e, err := event.Decode(fmt.Appendf(nil, `{"type":"user.created","data":{"id":"user_%d"}}`, i))
+		require.NoError(t, err)
+		e.ID, e.Source, e.ReceivedAt = fmt.Sprint("msg_", i), "clerk", time.Now()
+		_, err = js.PublishMsg(t.Context(), stream.Message(&e))
+		require.NoError(t, err)
+	}
+	s, err := js.Stream(t.Context(), stream.Events)
+	require.NoError(t, err)
+	return s
+}
+
+func TestWhatAnotherRunSettledIsSettled(t *testing.T) {
+	t.Parallel()
+	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {
+		_, js := natstest.New(t).Setup(stream.HandlerSpec{Name: "mirror"})
+		s := stored(t, js, 5)
+		hour, now := time.Now().Add(-time.Hour), time.Now()
+		for i := range 5 { // applied once, and dead by another's doing
+			logged(t, db, fmt.Sprint("msg_", i), []string{"processed", "processed", "dead", "dead", "retrying"}[i], "", 1, uint64(i+1), hour)
+		}
+		run := replay.New(js, db, replay.Options{Patience: 300 * time.Millisecond})
+		require.NoError(t, run.Events(t.Context(), s, replay.Selection{Handler: "mirror", Subjects: []string{"clerk.evt.>"}, Last: 5, RunID: "mine"}))
+		assert.Equal(t, replay.Progress{Published: 5, Open: 5}, run.Progress(), "what the log said before is no outcome")
+		logged(t, db, "msg_1", "processed", "run:other:mirror:2", 1, 12, now)
+		logged(t, db, "msg_2", "processed", "run:other:mirror:3", 1, 13, now)
+		logged(t, db, "msg_3", "dead", "run:other:mirror:4", 1, 14, now) // stored behind mine, which has failed then
+		logged(t, db, "msg_4", "retrying", "", 2, 5, now)                // the original's next attempt: mine is yet to come
+		err := run.Finish(t.Context())
+		require.ErrorIs(t, err, replay.ErrStalled)
+		assert.Contains(t, err.Error(), "no news of 2 within 300ms; is a worker running with handler mirror, and what does its /readyz say?")
+		assert.Equal(t, replay.Progress{Published: 5, Applied: 2, Failed: 1, Open: 2}, run.Progress())
+		logged(t, db, "msg_0", "processed", "run:mine:mirror:1", 1, 6, now)
+		logged(t, db, "msg_4", "processed", "run:mine:mirror:5", 1, 10, now)
+		begin := time.Now()
+		require.NoError(t, run.Finish(t.Context()))
+		assert.Less(t, time.Since(begin), 250*time.Millisecond)
+		assert.Equal(t, replay.Progress{Published: 5, Applied: 4, Failed: 1}, run.Progress())
+	})
+}
+
+func TestARunWhoseConsumerIsGoneSaysSo(t *testing.T) {
+	t.Parallel()
+	db := dbtest.SQLite(t)
+	_, js := natstest.New(t).Setup(stream.HandlerSpec{Name: "mirror"})
+	s := stored(t, js, 1)
+	require.NoError(t, replay.Ready(t.Context(), js, "mirror"))
+	err := replay.Ready(t.Context(), js, "mirror", "nobody")
+	require.ErrorIs(t, err, stream.ErrSetup)
+	assert.Contains(t, err.Error(), "handler nobody has no consumer")
+	run := replay.New(js, db, replay.Options{Patience: 100 * time.Millisecond})
+	require.NoError(t, run.Events(t.Context(), s, replay.Selection{Handler: "mirror", Subjects: []string{"clerk.evt.>"}, Last: 1, RunID: "r"}))
+	require.NoError(t, js.DeleteConsumer(t.Context(), stream.Events, "mirror"))
+	require.ErrorIs(t, run.Finish(t.Context()), stream.ErrSetup)
 }

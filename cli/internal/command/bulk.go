@@ -99,6 +99,7 @@ type bulkResult struct {
 	Stopped   string `json:"stopped"` // why it ended early
 
 	Applied   int       `json:"applied"`              // of the replayed, known to be applied by now
+	Unsettled int       `json:"unsettled"`            // of the replayed, those whose outcome was waited for in vain
 	Gone      int       `json:"gone"`                 // of the failed, those whose body is not kept any more
 	WouldPass *int      `json:"would_pass,omitempty"` // of a dry run that tried
 	Groups    []failing `json:"groups,omitempty"`     // of a dry run: why the others would fail
@@ -113,9 +114,9 @@ type failing struct {
 	Events  int    `json:"events"`
 }
 
-// answer is the exit code's error: no, where something failed or the run stopped.
+// answer is the exit code's error: no, where something failed or is not settled, or the run stopped.
 func (r *bulkResult) answer() error {
-	if r.Failed > 0 || r.Stopped != "" {
+	if r.Failed > 0 || r.Unsettled > 0 || r.Stopped != "" {
 		return errNo
 	}
 	return nil
@@ -251,8 +252,10 @@ func replayText(r *bulkResult) []string {
 	if again := r.Failed - r.Gone; again > 0 {
 		text += fmt.Sprintf(", %d failed again", again)
 	}
-	if open := r.Replayed - r.Applied - (r.Failed - r.Gone); open > 0 {
-		text += fmt.Sprintf(", %d not settled yet", open)
+	if r.Unsettled > 0 {
+		text += fmt.Sprintf(", %d not settled yet", r.Unsettled)
+	} else if open := r.Replayed - r.Applied - (r.Failed - r.Gone); open > 0 {
+		text += fmt.Sprintf(", %d not waited for", open)
 	}
 	if r.Gone > 0 {
 		text += fmt.Sprintf("; %d not replayed: the body is gone", r.Gone)

@@ -45,7 +45,7 @@ func (c *cli) replay() *cobra.Command {
 			"hand and still carries the event's version is not newer and not older, so it stays as well; `usher verify` finds those. Mails and\n" +
 			"other effects on the outside are not sent again, unless --with-effects.\n\n" +
 			"An interrupted run goes on with --resume RUN and the same selectors: what it published before is not applied twice." + bulkHelp +
-			"\nExit code 1: some failed, or it stopped.",
+			"\nExit code 1: some failed, were not settled within --patience, or it stopped.",
 		Example: "  usher replay --since 24h --type 'user.*' --handler mirror\n  usher replay --event msg_2g7np7Hrk0SN6kj5EDMLDaKNL0S\n  usher replay --all --rate 200 --yes",
 		Args:    cobra.NoArgs,
 		RunE:    func(cmd *cobra.Command, _ []string) error { return c.replayEvents(cmd.Context(), &o) },
@@ -202,6 +202,11 @@ func (c *cli) replayEvents(ctx context.Context, o *replayFlags) error {
 	if err != nil {
 		return fmt.Errorf("look up stream %s: %w", stream.Events, err)
 	}
+	for _, h := range handlers {
+		if err := replay.Ready(ctx, js, h.Name); err != nil {
+			return err
+		}
+	}
 	id, err := o.newRunID(ctx, s)
 	if err != nil {
 		return err
@@ -280,7 +285,7 @@ func (c *cli) replayEvents(ctx context.Context, o *replayFlags) error {
 	}
 	_ = bar.Finish()
 	p := run.Progress()
-	result.Replayed, result.Applied, result.Failed = p.Published, p.Applied, p.Failed+result.Gone
+	result.Replayed, result.Applied, result.Failed, result.Unsettled = p.Published, p.Applied, p.Failed+result.Gone, p.Open
 	if errors.Is(err, replay.ErrFailing) || errors.Is(err, replay.ErrStalled) {
 		result.Stopped, err = err.Error(), nil
 	}

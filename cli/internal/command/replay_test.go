@@ -12,6 +12,7 @@ import (
 	"github.com/usherhq/usher/pkg/audit"
 	"github.com/usherhq/usher/pkg/dbtest"
 	"github.com/usherhq/usher/pkg/stream"
+	"github.com/usherhq/usher/worker"
 )
 
 // audited is a row of audit_log.
@@ -140,4 +141,56 @@ func TestReplayIntoAFullStreamSaysWhatToDo(t *testing.T) {
 	for _, row := range y.audits() {
 		assert.Contains(t, row.Detail, "has no room")
 	}
+}
+
+func TestReplayThatIsNotSettledIsNoSuccess(t *testing.T) {
+	t.Parallel()
+	y, c, cfg := newCounting(t, "sqlite:"+t.TempDir()+"/usher.db", 2)
+	c.set(nil)
+	for _, command := range [][]string{{"dlq", "replay", "msg_u000"}, {"replay", "--event", "msg_u000"}} {
+		r := y.Run(append(command, "--yes", "--patience", "200ms", "-o", "json")...).want(exitNo)
+		open := into[bulkResult](r)
+		assert.Contains(t, open.Stopped, "is a worker running", command)
+		assert.Contains(t, open.Stopped, "/readyz", command)
+		assert.Equal(t, bulkResult{Selected: 1, Replayed: 1, Unsettled: 1, Run: open.Run, Stopped: open.Stopped}, open, command)
+		assert.Equal(t, open.Stopped, y.audits()[len(y.audits())-1].Detail)
+	}
+	r := y.Run("dlq", "replay", "msg_u001", "--yes", "--patience", "200ms").want(exitNo)
+	assert.Contains(t, r.out, "replayed 1 of 1: 0 applied, 1 not settled yet\nstopped: the handler does not get on: no news of 1 within 200ms")
+	not := y.Run("replay", "--event", "msg_u001", "--yes", "--stop-at", "100").want(exitOK)
+	assert.Contains(t, not.out, "0 applied, 1 not waited for", "as it was asked for")
+
+	// The consumer is gone: nothing is published that nobody would take.
+	y.work(cfg)
+	y.wait("counter", "processed", 2)
+	y.quiet("counter")
+	c.set(always)
+	y.publish("v")
+	y.wait("counter", "dead", 1)
+	last := y.lastSeq()
+	require.NoError(t, y.js.DeleteConsumer(t.Context(), stream.Events, "counter"))
+	require.NoError(t, y.js.DeleteConsumer(t.Context(), stream.Events, "mirror"))
+	for _, command := range [][]string{{"dlq", "replay", "--all", "--yes"}, {"replay", "--all", "--yes"}} {
+		assert.Contains(t, y.Run(command...).want(exitUsage).err, "run `usher setup`", command)
+	}
+	assert.Equal(t, last, y.lastSeq())
+	assert.Equal(t, 1, y.letters())
+}
+
+func TestReplaysAtTheSameTimeWaitForNothing(t *testing.T) {
+	t.Parallel()
+	eachDatabase(t, func(t *testing.T, url string) {
+		const n = 200
+		y := newYard(t, url)
+		y.work(worker.Config{})
+		y.publish(names("u", n)...)
+		y.wait("mirror", "processed", n)
+		begin := time.Now()
+		runs := []<-chan result{y.begun("replay", "--all", "--yes", "-o", "json"), y.begun("replay", "--user", "user_u003", "--yes", "-o", "json"), y.begun("replay", "--handler", "mirror", "--yes", "-o", "json")}
+		for i, run := range runs {
+			done := into[bulkResult]((<-run).want(exitOK))
+			assert.Equal(t, []int{n, 1, n}[i], done.Applied)
+		}
+		assert.Less(t, time.Since(begin), 20*time.Second)
+	})
 }
