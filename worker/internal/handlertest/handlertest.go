@@ -117,9 +117,12 @@ func (s *suite) apply(t testing.TB, db *gorm.DB, h worker.Handler, events []even
 // dump is every row of every table but the worker's own, in a form that can be compared.
 func (s *suite) dump(t testing.TB, db *gorm.DB) []string {
 	t.Helper()
-	tables, err := db.Migrator().GetTables()
-	require.NoError(t, err)
-	var dump []string
+	list := "SELECT name FROM sqlite_master WHERE type = 'table'"
+	if database.IsPostgres(db) {
+		list = "SELECT tablename FROM pg_tables WHERE schemaname = current_schema()"
+	}
+	var tables, dump []string
+	require.NoError(t, db.Raw(list).Scan(&tables).Error)
 	for _, table := range tables {
 		if table == "deliveries" || table == "audit_log" || strings.Contains(table, "goose") || strings.HasPrefix(table, "sqlite_") {
 			continue
