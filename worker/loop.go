@@ -13,6 +13,7 @@ import (
 
 	"github.com/cenkalti/backoff/v4"
 	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
@@ -116,10 +117,6 @@ func (l *loop) consume(ctx context.Context) error {
 		l.log.Info("broker is back, handler goes on")
 	}
 	l.broker.setTrouble(nil)
-	// Drain stops asking for more and lets the pump hand over what the client holds already, so that it can be
-	// given back at once.
-	defer context.AfterFunc(ctx, iter.Drain)()
-
 	fresh, again := make(chan jetstream.Msg, l.cfg.BatchSize), make(chan jetstream.Msg, l.cfg.BatchSize)
 	left := make(chan work, 4)
 	var slow sync.WaitGroup
@@ -128,7 +125,7 @@ func (l *loop) consume(ctx context.Context) error {
 	go func() {
 		defer close(fresh)
 		defer close(again)
-		pumped <- l.pump(iter, fresh, again)
+		pumped <- l.pump(ctx, iter, fresh, again)
 	}()
 	for msg := range fresh {
 		if ctx.Err() != nil {
@@ -155,14 +152,20 @@ func (l *loop) consume(ctx context.Context) error {
 }
 
 // pump moves messages from the blocking iterator to the lanes, so that a lane can take what is there without
-// lingering for more. It returns when the iterator ends.
-func (l *loop) pump(iter jetstream.MessagesContext, fresh, again chan<- jetstream.Msg) error {
+// lingering for more. It returns when the iterator ends, or once everything was given back after ctx is done.
+func (l *loop) pump(ctx context.Context, iter jetstream.MessagesContext, fresh, again chan<- jetstream.Msg) error {
 	for {
-		msg, err := iter.Next()
+		msg, err := iter.Next(jetstream.NextContext(ctx))
+		if ctx.Err() != nil {
+			if err == nil {
+				l.giveBack(msg)
+			}
+			return l.drain(iter)
+		}
 		if errors.Is(err, jetstream.ErrNoHeartbeat) {
 			// The broker is away, or this machine is slow. The iterator asks again by itself, and giving it up would
 			// lose sight of what it holds until AckWait; unless the consumer is gone for good.
-			if err = l.heartbeat(); err == nil {
+			if err = l.heartbeat(ctx); err == nil {
 				continue
 			}
 		}
@@ -175,7 +178,11 @@ func (l *loop) pump(iter jetstream.MessagesContext, fresh, again chan<- jetstrea
 		}
 		meta, err := msg.Metadata()
 		if err != nil || meta.NumDelivered == 1 {
-			fresh <- msg
+			select {
+			case fresh <- msg:
+			case <-ctx.Done(): // a batch may take longer than the broker's last words
+				l.giveBack(msg)
+			}
 			continue
 		}
 		select {
@@ -187,12 +194,37 @@ func (l *loop) pump(iter jetstream.MessagesContext, fresh, again chan<- jetstrea
 	}
 }
 
+// drainWait is how long a stop waits for the broker's next word. The client library would wait for 10 s.
+const drainWait = 2 * time.Second
+
+// drain gives back what the client library holds, and what the broker had on the way, without asking for more. A broker
+// that hangs is not waited for: what it still has comes again after AckWait.
+func (l *loop) drain(iter jetstream.MessagesContext) error {
+	iter.Drain()
+	for {
+		msg, err := iter.Next(jetstream.NextMaxWait(drainWait))
+		switch {
+		case err == nil:
+			l.giveBack(msg)
+		case errors.Is(err, nats.ErrTimeout):
+			l.broker.setTrouble(fmt.Errorf("broker: %w", err))
+			return err //nolint:wrapcheck // a stop is not a failure
+		case !errors.Is(err, jetstream.ErrNoHeartbeat):
+			l.broker.setTrouble(nil)
+			return err //nolint:wrapcheck // the iterator has ended
+		}
+	}
+}
+
 // heartbeat looks at the consumer after it was silent for too long, and keeps what it finds for the readiness. The
 // error says that the consumer does not exist any more.
-func (l *loop) heartbeat() error {
-	ctx, cancel := context.WithTimeout(context.Background(), stream.PublishTimeout)
+func (l *loop) heartbeat(stop context.Context) error {
+	ctx, cancel := context.WithTimeout(stop, stream.PublishTimeout)
 	defer cancel()
 	_, err := l.js.Consumer(ctx, stream.Events, l.handler.Name())
+	if stop.Err() != nil {
+		return nil // nobody waits for the answer
+	}
 	if errors.Is(err, jetstream.ErrConsumerNotFound) || errors.Is(err, jetstream.ErrStreamNotFound) {
 		return err //nolint:wrapcheck // run says what it was for
 	}

@@ -548,6 +548,63 @@ func (r *rig) brokerAway(name string, away time.Duration) {
 	r.untouched(60 * time.Second)
 }
 
+// TestABrokerThatHangsHoldsNoStop: a supervisor gives a process 30 s or fewer, and the worker is only the first that stops.
+func TestABrokerThatHangsHoldsNoStop(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name string
+		busy bool
+	}{{"with events in its hands", true}, {"noticed meanwhile", false}} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			entered, release := make(chan struct{}), make(chan struct{})
+			first := sync.OnceFunc(func() { close(entered); <-release })
+			r := newRig(t, dbtest.SQLite(t), worker.Config{BatchSize: 5}, func(h worker.Handler) worker.Handler {
+				return faults.New(h.Name(), func(ctx context.Context, tx *gorm.DB, batch []event.Event) error {
+					first()
+					return h.Handle(ctx, tx, batch)
+				})
+			})
+			r.ackWait(10 * time.Second) // what it holds comes again after this time
+			direct := r.broker
+			proxy := faults.NewProxy(t, strings.TrimPrefix(r.nats.URL(), "nats://"))
+			nc, err := stream.Connect("nats://"+proxy.Addr(), "", "test", zap.NewNop())
+			require.NoError(t, err)
+			t.Cleanup(nc.Close)
+			js, err := stream.JetStream(nc)
+			require.NoError(t, err)
+			r.send(ids("held", 200)...)
+			r.broker = faults.NewBroker(js)
+			r.work()
+			<-entered // by now the client library holds more
+			if c.busy {
+				proxy.Silence(true)
+			} else {
+				close(release)
+				r.ledger(30 * time.Second)
+				proxy.Silence(true)
+				r.notReady("broker")
+			}
+			asked := time.Now()
+			stopped := make(chan struct{})
+			go func() { r.stop(); close(stopped) }()
+			if c.busy {
+				close(release)
+			}
+			<-stopped
+			took := time.Since(asked)
+			t.Logf("it stopped within %s", took)
+			assert.Less(t, took, 4*time.Second)
+			nc.Close()
+			proxy.Silence(false)
+
+			r.broker = direct
+			r.work()
+			r.untouched(60 * time.Second)
+		})
+	}
+}
+
 func TestWorkerRestartedBeforeARetryLosesNone(t *testing.T) {
 	t.Parallel()
 	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {

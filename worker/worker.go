@@ -160,13 +160,31 @@ func (w *Worker) Run(ctx context.Context) error {
 	if err := group.Wait(); err != nil {
 		return fmt.Errorf("run handlers: %w", err)
 	}
-	// Acks are sent without waiting; none may be lost to the closing of the connection.
-	flush, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
-	defer cancel()
-	if err := w.deps.JetStream.Conn().FlushWithContext(flush); err != nil {
+	if err := w.flush(context.WithoutCancel(ctx)); err != nil {
 		w.deps.Log.Warn("last acks may be lost: their events come again and are recognised", zap.Error(err))
 	}
 	return nil
+}
+
+// flush waits for the acks, which are sent without waiting: none may be lost to the closing of the connection. A broker that
+// did not answer any loop a moment ago is not asked again.
+func (w *Worker) flush(ctx context.Context) (err error) {
+	answered := false
+	for _, loops := range w.loops {
+		for _, l := range loops {
+			if trouble := l.broker.check(); trouble != nil {
+				err = trouble
+			} else {
+				answered = true
+			}
+		}
+	}
+	if !answered {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, drainWait)
+	defer cancel()
+	return w.deps.JetStream.Conn().FlushWithContext(ctx) //nolint:wrapcheck // the caller says what may be lost
 }
 
 // check is the readiness of a handler.

@@ -51,12 +51,15 @@ func (s service) Run(ctx context.Context) error {
 	return s.err
 }
 
-// program connects to the broker and becomes ready with the connection.
-func program(started chan<- struct{}) process.Program {
+// program connects to the broker, hands the connection on and becomes ready with it.
+func program(started chan<- struct{}, conns ...chan<- *nats.Conn) process.Program {
 	return process.Program{Name: "tester", Start: func(_ context.Context, p *process.Process) (lifecycle.Service, error) {
 		js, err := p.Connect()
 		if err != nil {
 			return nil, err
+		}
+		for _, c := range conns {
+			c <- js.Conn()
 		}
 		p.Health.Add("broker", func() error {
 			if !js.Conn().IsConnected() {
@@ -226,42 +229,73 @@ func TestTheConnectionIsDrained(t *testing.T) {
 
 func TestABrokerThatHangsHoldsNoStop(t *testing.T) {
 	t.Parallel()
-	broker := natstest.New(t)
-	ops := freeAddr(t)
-	proxy, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(t, err)
-	defer proxy.Close()
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
-	started, code := make(chan struct{}), make(chan int, 1)
-	go func() {
-		code <- process.Run(ctx, environ("USHER_NATS_URL=nats://"+proxy.Addr().String(), "USHER_OPS_ADDR="+ops), &bytes.Buffer{}, program(started))
-	}()
-	client, err := proxy.Accept()
-	require.NoError(t, err)
-	defer client.Close()
-	server, err := net.Dial("tcp", strings.TrimPrefix(broker.URL(), "nats://"))
-	require.NoError(t, err)
-	defer server.Close()
-	copied := make(chan struct{})
-	go func() {
-		defer close(copied)
-		_, _ = io.Copy(server, client) // until the process closes
-	}()
-	answers := make(chan struct{})
-	go func() {
-		defer close(answers)
-		_, _ = io.Copy(client, server) // until the server is silenced
-	}()
-	<-started
-	require.Eventually(t, func() bool { return ready(t, ops) }, 15*time.Second, 20*time.Millisecond)
-	require.NoError(t, server.SetReadDeadline(time.Now()))
-	<-answers
-	asked := time.Now()
-	cancel()
-	assert.Equal(t, process.Stopped, <-code)
-	assert.Less(t, time.Since(asked), 10*time.Second)
-	<-copied
+	for _, full := range []bool{false, true} { // the socket to it
+		t.Run(fmt.Sprint("full ", full), func(t *testing.T) {
+			t.Parallel()
+			broker := natstest.New(t)
+			ops := freeAddr(t)
+			proxy, err := net.Listen("tcp", "127.0.0.1:0")
+			require.NoError(t, err)
+			defer proxy.Close()
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			started, code, conns := make(chan struct{}), make(chan int, 1), make(chan *nats.Conn, 1)
+			go func() {
+				code <- process.Run(ctx, environ("USHER_NATS_URL=nats://"+proxy.Addr().String(), "USHER_OPS_ADDR="+ops), &bytes.Buffer{}, program(started, conns))
+			}()
+			client, err := proxy.Accept()
+			require.NoError(t, err)
+			defer client.Close()
+			server, err := net.Dial("tcp", strings.TrimPrefix(broker.URL(), "nats://"))
+			require.NoError(t, err)
+			defer server.Close()
+			copied := make(chan struct{})
+			go func() {
+				defer close(copied)
+				_, _ = io.Copy(server, client) // until the process closes, or nobody reads any more
+			}()
+			answers := make(chan struct{})
+			go func() {
+				defer close(answers)
+				_, _ = io.Copy(client, server) // until the server is silenced
+			}()
+			<-started
+			require.Eventually(t, func() bool { return ready(t, ops) }, 15*time.Second, 20*time.Millisecond)
+			require.NoError(t, server.SetReadDeadline(time.Now()))
+			<-answers
+			published := make(chan struct{})
+			close(published)
+			if full {
+				require.NoError(t, client.SetReadDeadline(time.Now()))
+				<-copied
+				published = make(chan struct{})
+				nc, sent := <-conns, make(chan struct{}, 1)
+				go func() {
+					defer close(published)
+					for nc.Publish("a", make([]byte, 64<<10)) == nil {
+						select {
+						case sent <- struct{}{}:
+						default:
+						}
+					}
+				}()
+				for fits := true; fits; {
+					select {
+					case <-sent:
+					case <-time.After(300 * time.Millisecond):
+						fits = false
+					}
+				}
+			}
+			asked := time.Now()
+			cancel()
+			assert.Equal(t, process.Stopped, <-code)
+			t.Logf("it stopped within %s", time.Since(asked))
+			assert.Less(t, time.Since(asked), 10*time.Second)
+			<-copied
+			<-published
+		})
+	}
 }
 
 func TestSignalsStopTheProcessWith0(t *testing.T) {
