@@ -8,11 +8,13 @@ import (
 
 // Read makes the rows of a batch and writes none.
 func Read(batch []event.Event) error {
-	newest := map[*Table]map[string]*row{}
+	newest, memory := map[*Table]map[string]*row{}, scratch{}
 	for i := range batch {
-		if err := collect(newest, &batch[i], time.Time{}); err != nil {
+		if err := collect(newest, &batch[i], time.Time{}, &memory); err != nil {
 			return err
 		}
 	}
 	return nil
 }
+
+var Decimal = decimal

@@ -62,8 +62,9 @@ var endedStatus = map[string]bool{"ended": true, "removed": true, "revoked": tru
 func Apply(ctx context.Context, tx *gorm.DB, batch []event.Event) error {
 	now := time.Now().UTC().Truncate(time.Millisecond)
 	newest := make(map[*Table]map[string]*row, len(tables))
+	var memory scratch
 	for i := range batch {
-		if err := collect(newest, &batch[i], now); err != nil {
+		if err := collect(newest, &batch[i], now, &memory); err != nil {
 			return err
 		}
 	}
@@ -89,7 +90,7 @@ func Apply(ctx context.Context, tx *gorm.DB, batch []event.Event) error {
 }
 
 // collect adds what one event says: its object, and a stub of the copy inside it.
-func collect(newest map[*Table]map[string]*row, e *event.Event, now time.Time) error {
+func collect(newest map[*Table]map[string]*row, e *event.Event, now time.Time, memory *scratch) error {
 	table := tableOf(e.Type)
 	if table == nil {
 		return nil
@@ -99,14 +100,14 @@ func collect(newest map[*Table]map[string]*row, e *event.Event, now time.Time) e
 	}
 	s := state{
 		id: CleanText(e.Object.ID), eventID: CleanText(e.ID), source: CleanText(e.Source), origin: CleanText(string(e.Origin)),
-		version: e.Version(), createdAt: e.Object.CreatedAt, updatedAt: e.Object.UpdatedAt, now: now,
+		version: e.Version(), now: now,
 	}
 	s.version.EventID = s.eventID
 	if e.Object.Deleted {
 		s.deletedAt = max(s.version.SeenAt, 1)
 	}
 	raw := string(Clean(e.Data))
-	keep(newest, table, table.row(&s, raw))
+	keep(newest, table, table.row(memory, &s, raw))
 
 	inside, copied := embedded(e.Type, raw)
 	if inside == nil {
@@ -117,11 +118,9 @@ func collect(newest map[*Table]map[string]*row, e *event.Event, now time.Time) e
 		return nil
 	}
 	s.id, s.deletedAt = id.Str, 0
-	updatedAt := integer(copied.Get("updated_at"))
-	s.createdAt, s.updatedAt = event.Millis(integer(copied.Get("created_at"))), event.Millis(updatedAt)
-	s.version = e.StubVersion(updatedAt)
+	s.version = e.StubVersion(integer(copied.Get("updated_at")))
 	s.version.EventID = s.eventID
-	keep(newest, inside, inside.row(&s, copied.Raw))
+	keep(newest, inside, inside.row(memory, &s, copied.Raw))
 	return nil
 }
 
@@ -153,58 +152,72 @@ func embedded(t event.Type, raw string) (*Table, gjson.Result) {
 
 // state is what a row holds besides the object.
 type state struct {
-	id, source, eventID, origin     string
-	version                         event.Version
-	createdAt, updatedAt, deletedAt int64 // ms, 0 for none
-	now                             time.Time
+	id, source, eventID, origin string
+	version                     event.Version
+	deletedAt                   int64 // ms, 0 for none
+	now                         time.Time
 }
 
-// row reads the object in one pass over its keys. raw must be clean.
-func (t *Table) row(s *state, raw string) *row {
-	const before = 2
-	values := make([]any, before+len(t.Columns)+len(common))
-	own := values[before : before+len(t.Columns)]
-	ranks := make([]uint8, len(t.Columns))
+// row makes the row of an object. raw must be clean.
+func (t *Table) row(memory *scratch, s *state, raw string) *row {
+	typed := t.derive(memory, raw)
+	r := &row{id: s.id, version: s.version}
+	if t.ended >= 0 {
+		if s.deletedAt != 0 {
+			typed[t.ended] = value{set: true, n: 1}
+		}
+		r.ended = typed[t.ended].n != 0
+	}
+	r.values = append(make([]any, 0, 2+len(t.Columns)+len(common)), s.id, s.source)
+	for i, v := range typed {
+		r.values = append(r.values, v.box(t.typed[i].Kind))
+	}
+	r.values = append(r.values, s.version.Version, s.version.SeenAt, timeOf(s.deletedAt).box(Time), raw, s.eventID, s.origin, s.now)
+	return r
+}
+
+// scratch is the memory of derive, for any table.
+type scratch struct{ values []value }
+
+// derive says what a living object makes of the typed columns, in their order, in one pass over its keys: the one place that knows,
+// for writing a row and for judging one. All spellings of raw make the same. The result is valid until the scratch is used again.
+func (t *Table) derive(memory *scratch, raw string) []value {
+	n := len(t.typed)
+	memory.values = slices.Grow(memory.values[:0], n+t.first[n])[:n+t.first[n]]
+	clear(memory.values)
+	columns, places := memory.values[:n], memory.values[n:]
 	var primary primaries
-	gjson.Parse(raw).ForEach(func(key, value gjson.Result) bool {
+	gjson.Parse(raw).ForEach(func(key, found gjson.Result) bool {
 		for _, target := range t.targets[key.Str] {
-			found := value
-			if target.path != "" {
-				if !value.IsObject() {
-					continue
-				}
-				found = value.Get(target.path)
-			}
-			if ranks[target.column] != 0 && ranks[target.column] < target.rank {
-				continue // an earlier path has a value
-			}
-			if v := read(t.Columns[target.column].Kind, found); v != nil {
-				own[target.column], ranks[target.column] = v, target.rank
+			if target.path == "" {
+				places[target.place] = read(target.kind, found)
+			} else {
+				places[target.place] = read(target.kind, dig(found, target.path))
 			}
 		}
 		if t == usersTable {
-			primary.see(key.Str, value)
+			primary.see(key.Str, found)
 		}
 		return true
 	})
-	if t == usersTable {
-		own[0], own[1], own[2] = primary.columns()
-	}
-	for i, c := range t.Columns {
-		if own[i] == nil && c.Kind == Bool {
-			own[i] = false
+	for i := range columns {
+		for _, v := range places[t.first[i]:t.first[i+1]] {
+			if v.set { // the first path that has one
+				columns[i] = v
+				break
+			}
 		}
 	}
-	r := &row{id: s.id, version: s.version, values: values}
-	if t.ended >= 0 {
-		status, _ := own[t.status].(string)
-		r.ended = s.deletedAt != 0 || endedStatus[status]
-		own[t.ended] = r.ended
+	if t == usersTable {
+		columns[0], columns[1], columns[2] = primary.columns()
 	}
-	values[0], values[1] = s.id, s.source
-	copy(values[before+len(t.Columns):], []any{
-		timeOf(s.createdAt), timeOf(s.updatedAt), s.version.Version, s.version.SeenAt, timeOf(s.deletedAt),
-		raw, s.eventID, s.origin, s.now,
-	})
-	return r
+	if t.ended >= 0 && endedStatus[columns[t.status].text] {
+		columns[t.ended].n = 1
+	}
+	for i := range columns {
+		if t.typed[i].Kind == Bool {
+			columns[i].set = true // false, where there is none
+		}
+	}
+	return columns
 }

@@ -3,6 +3,7 @@ package mirror
 import (
 	"math"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/tidwall/gjson"
@@ -10,69 +11,130 @@ import (
 	"github.com/usherhq/usher/pkg/event"
 )
 
-// read turns a JSON value into a column's, nil where it has none that fits. Types are taken loosely, since neither
+// value is what one column holds, without a box around it. The zero value is NULL.
+type value struct {
+	set  bool
+	n    int64  // Bool: 0 or 1, Int, Time: ms
+	text string // Text, JSON
+}
+
+// box is the value as the upsert wants it.
+func (v value) box(kind Kind) any {
+	switch {
+	case !v.set:
+		return nil
+	case kind == Bool:
+		return v.n != 0
+	case kind == Int:
+		return v.n
+	case kind == Time:
+		return time.UnixMilli(v.n).UTC()
+	default:
+		return v.text
+	}
+}
+
+// read turns a JSON value into a column's, NULL where it has none that fits. Types are taken loosely, since neither
 // Clerk's schema nor its examples agree with what is on the wire: a number is good as text, digits in quotes as a number.
-func read(kind Kind, value gjson.Result) any {
+// All spellings of a JSON value read the same, since PostgreSQL keeps them in its own.
+func read(kind Kind, json gjson.Result) value {
 	switch kind {
 	case Text:
 		switch {
-		case value.Type == gjson.String && value.Str != "":
-			return value.Str
-		case value.Type == gjson.Number:
-			return value.Raw
+		case json.Type == gjson.String && json.Str != "":
+			return value{set: true, text: json.Str}
+		case json.Type == gjson.Number:
+			return value{set: true, text: decimal(json.Raw)}
 		}
 	case Bool:
-		if value.Type == gjson.True {
-			return true
+		if json.Type == gjson.True {
+			return value{set: true, n: 1}
 		}
 	case Int:
-		if n, ok := number(value); ok {
-			return n
+		if n, ok := number(json); ok {
+			return value{set: true, n: n}
 		}
 	case Time:
-		return timeOf(event.Millis(integer(value)))
+		return timeOf(event.Millis(integer(json)))
 	case JSON:
-		if value.Exists() && value.Type != gjson.Null {
-			return value.Raw
+		if json.Exists() && json.Type != gjson.Null {
+			return value{set: true, text: json.Raw}
 		}
 	}
-	return nil
+	return value{}
 }
 
-// number reads an integer: 12, 12.0, 1.2e1 and "12" are 12.
-func number(value gjson.Result) (int64, bool) {
-	text := value.Raw
-	switch value.Type {
+// number reads an integer: 12, 12.0, 1.2e1 and "12" are 12. Of a fraction the integer part counts.
+func number(json gjson.Result) (int64, bool) {
+	switch json.Type {
 	case gjson.Number:
+		whole, _, _ := strings.Cut(decimal(json.Raw), ".")
+		n, err := strconv.ParseInt(whole, 10, 64)
+		return n, err == nil
 	case gjson.String:
-		text = value.Str
-	default:
-		return 0, false
-	}
-	if n, err := strconv.ParseInt(text, 10, 64); err == nil {
-		return n, true
-	}
-	if f, err := strconv.ParseFloat(text, 64); err == nil && math.Abs(f) < 1e18 {
-		return int64(f), true
+		if n, err := strconv.ParseInt(json.Str, 10, 64); err == nil {
+			return n, true
+		}
+		if f, err := strconv.ParseFloat(json.Str, 64); err == nil && math.Abs(f) < 1e18 {
+			return int64(f), true
+		}
 	}
 	return 0, false
 }
 
+// decimal is the one spelling of a JSON number: 1e2 and 100.0 are 100, -0 is 0. Exact, whatever the size.
+func decimal(number string) string {
+	if !strings.ContainsAny(number, ".eE") && number != "-0" {
+		return number
+	}
+	mantissa, sign := number, ""
+	exponent := 0
+	if i := strings.IndexAny(number, "eE"); i >= 0 {
+		n, err := strconv.Atoi(number[i+1:])
+		if err != nil || n < -maxExponent || n > maxExponent { // not clean
+			return number
+		}
+		mantissa, exponent = number[:i], n
+	}
+	if rest, negative := strings.CutPrefix(mantissa, "-"); negative {
+		mantissa, sign = rest, "-"
+	}
+	whole, fraction, _ := strings.Cut(mantissa, ".")
+	if exponent > 0 {
+		fraction += strings.Repeat("0", max(0, exponent-len(fraction)))
+		whole, fraction = whole+fraction[:exponent], fraction[exponent:]
+	} else if exponent < 0 {
+		whole = strings.Repeat("0", max(0, -exponent-len(whole))) + whole
+		whole, fraction = whole[:len(whole)+exponent], whole[len(whole)+exponent:]+fraction
+	}
+	whole, fraction = strings.TrimLeft(whole, "0"), strings.TrimRight(fraction, "0")
+	switch {
+	case whole == "" && fraction == "":
+		return "0"
+	case whole == "":
+		whole = "0"
+	}
+	if fraction != "" {
+		fraction = "." + fraction
+	}
+	return sign + whole + fraction
+}
+
 // integer is number with 0 for what is none.
-func integer(value gjson.Result) int64 {
-	n, _ := number(value)
+func integer(json gjson.Result) int64 {
+	n, _ := number(json)
 	return n
 }
 
 // latest is the last ms of the year 9999, after which neither RFC 3339 nor SQLite can write a time.
 const latest = 253402300799999
 
-// timeOf is a time in ms as a column's value: nil for none, and for one that no calendar holds.
-func timeOf(ms int64) any {
+// timeOf is a time in ms as a column's value: NULL for none, and for one that no calendar holds.
+func timeOf(ms int64) value {
 	if ms <= 0 || ms > latest {
-		return nil
+		return value{}
 	}
-	return time.UnixMilli(ms).UTC()
+	return value{set: true, n: ms}
 }
 
 // primaries finds the primary address and number of a user. The primary one is what the id says, not the first of the list;
@@ -82,41 +144,77 @@ type primaries struct {
 	emails, phones   gjson.Result
 }
 
-func (p *primaries) see(key string, value gjson.Result) {
+func (p *primaries) see(key string, json gjson.Result) {
 	switch key {
 	case "primary_email_address_id":
-		p.emailID = value.Str
+		p.emailID = json.Str
 	case "primary_phone_number_id":
-		p.phoneID = value.Str
+		p.phoneID = json.Str
 	case "email_addresses":
-		p.emails = value
+		p.emails = json
 	case "phone_numbers":
-		p.phones = value
+		p.phones = json
 	}
 }
 
-func (p *primaries) columns() (email, verified, phone any) {
-	if e := element(p.emails, p.emailID); e.Exists() {
-		if email = read(Text, e.Get("email_address")); email != nil {
-			verified = e.Get("verification.status").Str == "verified"
-		}
+func (p *primaries) columns() (email, verified, phone value) {
+	address, verification := element(p.emails, p.emailID, "email_address")
+	if email = read(Text, address); email.set && member(verification, "status").Str == "verified" {
+		verified = value{set: true, n: 1}
 	}
-	if e := element(p.phones, p.phoneID); e.Exists() {
-		phone = read(Text, e.Get("phone_number"))
-	}
-	return email, verified, phone
+	number, _ := element(p.phones, p.phoneID, "phone_number")
+	return email, verified, read(Text, number)
 }
 
-// element is the object of that id in a list.
-func element(list gjson.Result, id string) (found gjson.Result) {
+// element is one member of the object of that id in a list, and its verification.
+func element(list gjson.Result, id, key string) (found, verification gjson.Result) {
 	if id == "" || !list.IsArray() {
-		return found
+		return found, verification
 	}
 	list.ForEach(func(_, e gjson.Result) bool {
-		if e.IsObject() && e.Get("id").Str == id {
-			found = e
+		is := false
+		found, verification = gjson.Result{}, gjson.Result{}
+		if e.IsObject() {
+			e.ForEach(func(k, v gjson.Result) bool {
+				switch k.Str {
+				case "id":
+					is = v.Str == id
+				case key:
+					found = v
+				case "verification":
+					verification = v
+				}
+				return true
+			})
 		}
-		return !found.Exists()
+		if !is {
+			found, verification = gjson.Result{}, gjson.Result{}
+		}
+		return !is
+	})
+	return found, verification
+}
+
+// dig is what stands at a path, "a" or "a.b.c", of an object.
+func dig(json gjson.Result, path string) gjson.Result {
+	for more := true; more; {
+		var key string
+		key, path, more = strings.Cut(path, ".")
+		json = member(json, key)
+	}
+	return json
+}
+
+// member is the value of a key; of one that is given twice the last, which is the one that PostgreSQL keeps.
+func member(object gjson.Result, key string) (found gjson.Result) {
+	if !object.IsObject() {
+		return found
+	}
+	object.ForEach(func(k, v gjson.Result) bool {
+		if k.Str == key {
+			found = v
+		}
+		return true
 	})
 	return found
 }

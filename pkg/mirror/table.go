@@ -35,16 +35,24 @@ type Table struct {
 	Columns  []Column // without those that every table has: see Common
 	verbs    []string
 	upsert   *database.Upsert
+	typed    []Column // all that the object determines: Columns, and Clerk's times
 	targets  map[string][]target
-	ended    int // the column of that name, -1 where there is none
-	status   int // as ended
+	first    []int // by typed column: its first place; one more at the end
+	ended    int   // the column of that name, -1 where there is none
+	status   int   // as ended
 }
 
-// target is a column that a top-level key of the object fills.
+// target is what a top-level key of the object fills.
 type target struct {
-	column int
-	rank   uint8  // of the path in Column.Paths, from 1
-	path   string // below the key, empty for its value itself
+	kind  Kind
+	place int    // one for each path of each column; those of a column stand together, in the order of their rank
+	path  string // below the key, empty for its value itself
+}
+
+// clerkTimes are the columns of every table that the object determines. They stand behind the table's own.
+var clerkTimes = []Column{
+	{Name: "clerk_created_at", Kind: Time, Paths: []string{"created_at"}},
+	{Name: "clerk_updated_at", Kind: Time, Paths: []string{"updated_at"}},
 }
 
 // common are the columns after those of the resource, in every table; id and source stand before them.
@@ -156,13 +164,20 @@ func (t *Table) build() {
 	t.targets = map[string][]target{}
 	t.ended, t.status = t.index("ended"), t.index("status")
 	columns := []database.Column{{Name: "id", Type: "text"}, {Name: "source", Type: "text"}}
-	for i, c := range t.Columns {
+	for _, c := range t.Columns {
 		columns = append(columns, database.Column{Name: c.Name, Type: types[c.Kind]})
-		for rank, path := range c.Paths {
+	}
+	t.typed = slices.Concat(t.Columns, clerkTimes)
+	places := 0
+	for _, c := range t.typed {
+		t.first = append(t.first, places)
+		for _, path := range c.Paths {
 			key, below, _ := strings.Cut(path, ".")
-			t.targets[key] = append(t.targets[key], target{column: i, rank: uint8(rank + 1), path: below})
+			t.targets[key] = append(t.targets[key], target{kind: c.Kind, place: places, path: below})
+			places++
 		}
 	}
+	t.first = append(t.first, places)
 	order := []string{"version", "seen_at", "event_id"}
 	if t.ended >= 0 { // an ended session never goes back, whatever its version
 		order = append([]string{"ended"}, order...)
