@@ -115,6 +115,33 @@ func TestColumnsAreOfTheValueNotOfItsSpelling(t *testing.T) {
 	}
 }
 
+// TestOfANameThatIsGivenTwiceTheLastCounts holds where it matters that PostgreSQL keeps the last one only.
+func TestOfANameThatIsGivenTwiceTheLastCounts(t *testing.T) {
+	t.Parallel()
+	const address = `"primary_email_address_id":"idn_1","email_addresses":[{"id":"idn_1",`
+	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {
+		for i, test := range []struct{ typ, data, query string }{
+			{"user.updated", `"first_name":"a","first_name":"b"`, "first_name = 'b'"},
+			{"user.updated", `"first_name":"a","first_n\u0061me":null`, "first_name IS NULL"},
+			{"user.updated", `"created_at":1768471200000,"created_at":"never"`, "clerk_created_at IS NULL"},
+			{"user.updated", address + `"email_address":"a","email_address":"b"}]`, "email = 'b'"},
+			{"user.updated", address + `"id":"idn_2","email_address":"a"}]`, "email IS NULL"},
+			{"user.updated", address + `"email_address":"a","verification":{"status":"verified","status":"x"}}]`, "NOT email_verified"},
+			{"subscription.updated", `"payer":{"user_id":"a","user_id":"b"}`, "payer_user_id = 'b'"},
+			{"subscription.updated", `"payer":{"user_id":"a"},"payer":{}`, "payer_user_id IS NULL"},
+			{"subscriptionItem.updated", `"plan":{"fee":{"currency":"a","currency":"b"}}`, "currency = 'b'"},
+			{"subscriptionItem.updated", `"plan_id":"a","plan":{"id":"b"},"plan_id":null`, "plan_id = 'b'"},
+			{"session.updated", `"status":"ended","status":"active"`, "NOT ended"},
+		} {
+			id := fmt.Sprintf("id_%d", i)
+			apply(t, db, decode(t, "msg_1", []byte(`{"type":"`+test.typ+`","timestamp":1768471200000,"data":{"id":"`+id+`",`+test.data+`}}`)))
+			table := map[string]string{"user": "users", "session": "sessions", "subscription": "subscriptions", "subscriptionItem": "subscription_items"}[event.Type(test.typ).Resource()]
+			assert.Equal(t, "true", one(t, db, "SELECT "+test.query+" FROM "+table+" WHERE id = '"+id+"'"), test.data)
+		}
+		assert.Empty(t, misfits(t, db))
+	})
+}
+
 // TestAColumnThatWasChangedByHandIsNamed changes every column of every table, to a value and to NULL.
 func TestAColumnThatWasChangedByHandIsNamed(t *testing.T) {
 	t.Parallel()
