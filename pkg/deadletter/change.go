@@ -21,7 +21,8 @@ type Result struct {
 	Selected  int    // when it began
 	Replayed  int    // given to their handlers again
 	Discarded int    // given up
-	Gone      int    // could not be replayed, since their letters are gone
+	Gone      int    // not replayed by this run: their letters are gone, or somebody else took them
+	Taken     int    // of the gone: replayed or given up by somebody else meanwhile
 	Applied   int    // of the replayed: known to be applied
 	Failed    int    // of the replayed: known to have failed again
 	Open      int    // of the replayed: without an outcome, where outcomes are waited for
@@ -40,7 +41,7 @@ const settleTime = 10 * time.Second
 
 // Replay gives every dead letter that f selects back to the handler that failed, the oldest event first, and takes the letter away.
 // It holds a page of letters at a time. Those that die again meanwhile are not replayed again by this run. It may be broken off
-// and repeated at any point, and run twice at once: each letter is applied once.
+// and repeated at any point, and run twice at once: each letter is applied once, and counted by the run that published it.
 //
 // A letter goes through four steps: it is published with an id of its own, the ack is awaited, the log's row is marked (unless the
 // worker was faster), the letter is deleted. Whatever step comes last, repeating is harmless: before the mark, the same id is published
@@ -73,6 +74,9 @@ func Replay(ctx context.Context, js jetstream.JetStream, db *gorm.DB, f Filter, 
 	run := replay.New(js, db, o)
 	err = replayAll(ctx, dlq, db, f, run, &result)
 	if err == nil {
+		lost := result.Gone - result.Taken
+		result.Gone = max(lost, result.Selected-run.Progress().Published)
+		result.Taken = result.Gone - lost
 		err = run.Finish(ctx)
 	}
 	o.Progress(run.Progress())
@@ -130,8 +134,11 @@ func replayPage(ctx context.Context, dlq jetstream.Stream, db *gorm.DB, entries 
 		return 0, err
 	}
 	result.Gone += n - len(found)
+	if err := run.Try(ctx, func(ctx context.Context) error { return countTaken(ctx, db, entries[:n], found, result) }); err != nil {
+		return 0, err
+	}
 	stored, publishErr := run.Publish(ctx, items)
-	// What is stored is settled, also by a run that was interrupted: the ids of stored items are a subset in the same order.
+	// What is stored is settled, by a run that was interrupted as well, and also where another run has stored it: that one may have been killed.
 	ids := make(map[string]bool, len(stored))
 	for _, item := range stored {
 		ids[item.ID] = true
@@ -141,6 +148,29 @@ func replayPage(ctx context.Context, dlq jetstream.Stream, db *gorm.DB, entries 
 		return 0, errors.Join(publishErr, err)
 	}
 	return n, publishErr
+}
+
+// countTaken counts among the entries whose letter was not found those whose row has changed meanwhile.
+func countTaken(ctx context.Context, db *gorm.DB, entries []Entry, found []held, result *Result) error {
+	read := make(map[place]bool, len(found))
+	for _, l := range found {
+		read[l.place()] = true
+	}
+	taken := 0
+	for _, e := range entries {
+		if read[e.place()] {
+			continue
+		}
+		now, err := Find(ctx, db, e.Handler, e.EventID)
+		switch {
+		case errors.Is(err, ErrNotFound), err == nil && now.LetterSeq != e.LetterSeq:
+			taken++
+		case err != nil:
+			return err
+		}
+	}
+	result.Taken += taken
+	return nil
 }
 
 // held is an entry whose letter was read.

@@ -198,6 +198,59 @@ func TestGetReadsTheLetterAndSaysWhereItIsGone(t *testing.T) {
 	assert.Equal(t, deadletter.Result{Selected: 4, Replayed: 1, Gone: 3}, result)
 }
 
+// slow lets another run take a letter between its row and its body, or between its body and its replay.
+type slow struct {
+	jetstream.JetStream
+	before func(seq uint64)
+	after  func(seq uint64)
+}
+
+func (s slow) Stream(ctx context.Context, name string) (jetstream.Stream, error) {
+	inner, err := s.JetStream.Stream(ctx, name)
+	return slowStream{inner, s}, err
+}
+
+type slowStream struct {
+	jetstream.Stream
+	slow slow
+}
+
+func (s slowStream) GetMsg(ctx context.Context, seq uint64, opts ...jetstream.GetMsgOpt) (*jetstream.RawStreamMsg, error) {
+	s.slow.before(seq)
+	defer s.slow.after(seq)
+	return s.Stream.GetMsg(ctx, seq, opts...)
+}
+
+func TestLettersThatAnotherRunTookAreItsOwn(t *testing.T) {
+	t.Parallel()
+	db := dbtest.SQLite(t)
+	_, js := natstest.New(t).Setup(stream.HandlerSpec{Name: "mirror"})
+	rows := make([]row, 4)
+	for i := range rows {
+		id := fmt.Sprint("e_", i)
+		rows[i] = dead(id, put(t, js, "mirror", id, uint64(i+1)))
+	}
+	rows[3].LetterSeq = ptr(uint64(77)) // gone for good
+	require.NoError(t, db.Create(&rows).Error)
+	other := func(id string) {
+		result, err := deadletter.Replay(context.WithoutCancel(t.Context()), js, db, deadletter.Filter{IDs: []string{id}}, replay.Options{StopAt: 1}, nil)
+		assert.NoError(t, err)
+		assert.Equal(t, 1, result.Replayed, id)
+	}
+	var before, after sync.Once
+	result, err := deadletter.Replay(t.Context(), slow{js, func(seq uint64) {
+		if seq == 1 {
+			before.Do(func() { other("e_0") })
+		}
+	}, func(seq uint64) {
+		if seq == 2 {
+			after.Do(func() { other("e_1") })
+		}
+	}}, db, deadletter.Filter{}, replay.Options{StopAt: 1}, nil)
+	require.NoError(t, err)
+	assert.Equal(t, deadletter.Result{Selected: 4, Replayed: 1, Gone: 3, Taken: 2}, result)
+}
+
 func TestAReplayIsTheOriginalAndNothingOfTheLetter(t *testing.T) {
 	t.Parallel()
 	db := dbtest.SQLite(t)
@@ -219,9 +272,10 @@ func TestAReplayIsTheOriginalAndNothingOfTheLetter(t *testing.T) {
 		}
 	}
 	slices.Sort(names)
-	assert.Equal(t, []string{"Nats-Msg-Id", "Usher-Event-Id", "Usher-First-Origin", "Usher-Origin", "Usher-Replay-Id", "Usher-Source", "Usher-Type", "traceparent"}, names)
+	assert.Equal(t, []string{"Nats-Msg-Id", "Usher-Event-Id", "Usher-First-Origin", "Usher-First-Sequence", "Usher-Origin", "Usher-Replay-Id", "Usher-Source", "Usher-Type", "traceparent"}, names)
 	assert.Equal(t, "replay", msg.Header.Get("Usher-Origin"))
 	assert.Equal(t, "webhook", msg.Header.Get("Usher-First-Origin"))
+	assert.Equal(t, "5", msg.Header.Get("Usher-First-Sequence"))
 	assert.Equal(t, msg.Header.Get("Nats-Msg-Id"), msg.Header.Get("Usher-Replay-Id"))
 	var r row
 	require.NoError(t, db.Take(&r).Error)

@@ -6,11 +6,13 @@
 package replay
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -27,6 +29,7 @@ import (
 // make a dead letter, or the broker's own, it does not.
 var kept = []string{
 	stream.HeaderEventID, stream.HeaderType, stream.HeaderSource, stream.HeaderReceivedAt, stream.HeaderTraceParent, stream.HeaderReplayEffects,
+	stream.HeaderFirstSequence,
 }
 
 // Item is one event for one handler.
@@ -36,8 +39,9 @@ type Item struct {
 	ID      string // of the replay: the same for every attempt at it, and never that of another
 	Message *nats.Msg
 
-	seen time.Time // when the log's row was written, the last time that it was looked at
-	seq  uint64    // once it is stored
+	seen  time.Time // when the log's row was written, the last time that it was looked at
+	seq   uint64    // once it is stored
+	known bool      // it was stored by somebody else before
 }
 
 // NewItem makes the replay of a stored message (of [stream.Events] or [stream.DeadLetters]).
@@ -53,9 +57,20 @@ func NewItem(handler, id string, stored *jetstream.RawStreamMsg) Item {
 	msg.Header.Set(stream.HeaderEventID, e.ID) // a message published by hand may have none
 	msg.Header.Set(stream.HeaderOrigin, string(event.OriginReplay))
 	msg.Header.Set(stream.HeaderFirstOrigin, string(e.FirstOrigin)) // that of the very first, since a replay has it already
+	if first := firstSequence(stored); first != "" {
+		msg.Header.Set(stream.HeaderFirstSequence, first)
+	}
 	msg.Header.Set(stream.HeaderReplayID, id)
 	msg.Header.Set(stream.HeaderMsgID, id)
 	return Item{Handler: handler, EventID: e.ID, ID: id, Message: msg}
+}
+
+// firstSequence is where the event itself lies in [stream.Events], or lay: a replay carries it on, a dead letter names the message that failed.
+func firstSequence(stored *jetstream.RawStreamMsg) string {
+	if strings.HasPrefix(stored.Subject, "clerk.evt.") {
+		return strconv.FormatUint(stored.Sequence, 10)
+	}
+	return cmp.Or(stored.Header.Get(stream.HeaderFirstSequence), stored.Header.Get(stream.HeaderFailedSequence))
 }
 
 // WithEffects asks the handler for its effects on the outside as well.
@@ -89,7 +104,8 @@ type Options struct {
 
 // Progress is how far a run has come.
 type Progress struct {
-	Published int // stored by the broker, now or at an earlier attempt
+	Published int // stored by the broker, by this run and not before
+	Earlier   int // stored by the broker before: by another run with the same ids, or an earlier part of this one
 	Applied   int // of these, known to be applied
 	Failed    int // of these, known to have failed again
 	Open      int // of these, watched and without an outcome
@@ -196,27 +212,37 @@ func (r *Run) Window() int {
 }
 
 // Publish publishes a window of items and returns those that the broker has stored. The error is about the others: whether they are
-// stored is not known, and publishing them again is harmless.
+// stored is not known, and publishing them again is harmless. What another run had published under the same id is returned as well; it
+// counts as Earlier, and that run watches it.
 func (r *Run) Publish(ctx context.Context, items []Item) ([]Item, error) {
 	var stored []Item
+	unsure := map[string]bool{}                     // sent, and not known to be stored
 	err := r.Try(ctx, func(context.Context) error { // its own time limit is that of an ack; a rate may need more
-		done, rest, err := r.publish(ctx, items)
+		done, rest, err := r.publish(ctx, items, unsure)
 		stored, items = append(stored, done...), rest
 		return err
 	})
 	for _, item := range stored {
-		if r.watching() {
-			r.open[key{item.Handler, item.EventID}] = watch{item.ID, item.seq, item.seen}
+		if item.known {
+			r.progress.Earlier++
+			continue
 		}
+		r.progress.Published++
+		r.watch(item)
 	}
-	r.progress.Published += len(stored)
 	r.moved = time.Now()
 	r.report()
 	return stored, err
 }
 
+func (r *Run) watch(item Item) {
+	if r.watching() {
+		r.open[key{item.Handler, item.EventID}] = watch{item.ID, item.seq, item.seen}
+	}
+}
+
 // publish tries once and returns what is stored and what is not known to be.
-func (r *Run) publish(ctx context.Context, items []Item) (stored, rest []Item, first error) {
+func (r *Run) publish(ctx context.Context, items []Item, unsure map[string]bool) (stored, rest []Item, first error) {
 	futures := make([]jetstream.PubAckFuture, 0, len(items))
 	for _, item := range items {
 		if first = r.limiter.Wait(ctx); first != nil {
@@ -235,10 +261,10 @@ func (r *Run) publish(ctx context.Context, items []Item) (stored, rest []Item, f
 		select {
 		case ack := <-future.Ok():
 			item := items[i]
-			item.seq = ack.Sequence
+			item.seq, item.known = ack.Sequence, ack.Duplicate && !unsure[item.ID]
 			stored = append(stored, item)
 		case err := <-future.Err():
-			rest = append(rest, items[i])
+			rest, unsure[items[i].ID] = append(rest, items[i]), true
 			if first == nil {
 				first = fmt.Errorf("replay %s: %w", items[i].EventID, Explain(err))
 			}

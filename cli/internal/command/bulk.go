@@ -100,7 +100,8 @@ type bulkResult struct {
 
 	Applied   int       `json:"applied"`              // of the replayed, known to be applied by now
 	Unsettled int       `json:"unsettled"`            // of the replayed, those whose outcome was waited for in vain
-	Gone      int       `json:"gone"`                 // of the failed, those whose body is not kept any more
+	Gone      int       `json:"gone"`                 // not replayed: the body is not kept any more (those failed), or somebody else took the letter
+	Taken     int       `json:"-"`                    // of the gone: by somebody else
 	WouldPass *int      `json:"would_pass,omitempty"` // of a dry run that tried
 	Groups    []failing `json:"groups,omitempty"`     // of a dry run: why the others would fail
 	Run       string    `json:"run,omitempty"`        // of a replay of events: for --resume
@@ -249,16 +250,21 @@ func count(n int, what string) string {
 // replayText says how a replay went.
 func replayText(r *bulkResult) []string {
 	text := fmt.Sprintf("replayed %d of %d: %d applied", r.Replayed, r.Selected, r.Applied)
-	if again := r.Failed - r.Gone; again > 0 {
+	lost := r.Gone - r.Taken
+	again := r.Failed - lost
+	if again > 0 {
 		text += fmt.Sprintf(", %d failed again", again)
 	}
 	if r.Unsettled > 0 {
 		text += fmt.Sprintf(", %d not settled yet", r.Unsettled)
-	} else if open := r.Replayed - r.Applied - (r.Failed - r.Gone); open > 0 {
+	} else if open := r.Replayed - r.Applied - again; open > 0 {
 		text += fmt.Sprintf(", %d not waited for", open)
 	}
-	if r.Gone > 0 {
-		text += fmt.Sprintf("; %d not replayed: the body is gone", r.Gone)
+	if lost > 0 {
+		text += fmt.Sprintf("; %d not replayed: the body is gone", lost)
+	}
+	if r.Taken > 0 {
+		text += fmt.Sprintf("; %d replayed or discarded by somebody else meanwhile", r.Taken)
 	}
 	lines := []string{text}
 	if r.Stopped != "" {

@@ -386,11 +386,12 @@ func (c *cli) replayLetters(ctx context.Context, l *letterChange) error {
 	bar := c.progress(l.selected, "replaying")
 	done, err := deadletter.Replay(ctx, l.js, l.db, l.filter, c.replayOptions(l.bulk), func(p deadletter.Result) {
 		_ = bar.Set(p.Replayed + p.Gone)
-		c.note(ctx, log, p.Replayed, p.Failed+p.Gone)
+		c.note(ctx, log, p.Replayed, p.Failed+p.Gone-p.Taken)
 	})
 	_ = bar.Finish()
 	result := &bulkResult{
-		Selected: done.Selected, Replayed: done.Replayed, Applied: done.Applied, Gone: done.Gone, Failed: done.Gone + done.Failed,
+		Selected: done.Selected, Replayed: done.Replayed, Applied: done.Applied, Gone: done.Gone, Taken: done.Taken,
+		Failed: done.Gone - done.Taken + done.Failed,
 		Unsettled: done.Open, Stopped: detail(ctx, done.Stopped, err),
 	}
 	c.end(ctx, log, result.Replayed, result.Failed, result.Stopped)

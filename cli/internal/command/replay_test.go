@@ -194,3 +194,31 @@ func TestReplaysAtTheSameTimeWaitForNothing(t *testing.T) {
 		assert.Less(t, time.Since(begin), 20*time.Second)
 	})
 }
+
+func TestReplaysOfTheSameLettersCountEachOnce(t *testing.T) {
+	t.Parallel()
+	eachDatabase(t, func(t *testing.T, url string) {
+		const n = 1500
+		y, c, cfg := newCounting(t, url, n)
+		c.set(nil)
+		y.work(cfg)
+		first, second := y.begun("dlq", "replay", "--all", "--yes", "-o", "json"), y.begun("dlq", "replay", "--all", "--yes", "-o", "json")
+		sum := 0
+		for _, run := range []<-chan result{first, second} {
+			done := into[bulkResult]((<-run).want(exitOK))
+			t.Log(done)
+			assert.Equal(t, done.Selected, done.Replayed+done.Gone, "all are accounted for")
+			assert.Equal(t, done.Replayed, done.Applied)
+			assert.Zero(t, done.Failed)
+			sum += done.Replayed
+		}
+		assert.Equal(t, n, sum)
+		affected := 0
+		for _, row := range y.audits() {
+			affected += row.Affected
+		}
+		assert.Equal(t, n, affected)
+		y.appliedOnce(n)
+		assert.Zero(t, y.letters())
+	})
+}
