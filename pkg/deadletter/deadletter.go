@@ -56,7 +56,7 @@ const (
 	headerFirstFailedAt = "Usher-First-Failed-At"
 	headerLastFailedAt  = "Usher-Last-Failed-At"
 	headerSubject       = "Usher-Original-Subject"
-	headerSequence      = "Usher-Original-Sequence"
+	headerSequence      = stream.HeaderFailedSequence
 )
 
 // maxError bounds the error text of a letter, in bytes.

@@ -33,11 +33,14 @@ const (
 	HeaderType          = "Usher-Type"
 	HeaderSource        = "Usher-Source"
 	HeaderOrigin        = "Usher-Origin"
-	HeaderFirstOrigin   = "Usher-First-Origin" // of a replay: that of the event before any replay
+	HeaderFirstOrigin   = "Usher-First-Origin"   // of a replay: that of the event before any replay
+	HeaderFirstSequence = "Usher-First-Sequence" // of a replay: that of the event before any replay, in [Events]
 	HeaderReceivedAt    = "Usher-Received-At"
 	HeaderReplayID      = "Usher-Replay-Id"
 	HeaderReplayEffects = "Usher-Replay-Effects"
 	HeaderTraceParent   = "traceparent"
+
+	HeaderFailedSequence = "Usher-Original-Sequence" // of a dead letter: that of the message that failed, in [Events]
 )
 
 // HeaderRoom is how many bytes of a broker's max_payload are kept free for the headers of an event

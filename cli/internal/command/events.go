@@ -275,6 +275,10 @@ func parseCursor(cursor string) (time.Time, string, error) {
 // shownEvent is an event with its body.
 type shownEvent struct {
 	listedEvent
+	// OriginalSeq is where the event itself lies in the stream: stream_seq is that of its last replay, where it was replayed. 0 where
+	// nobody can tell any more.
+	OriginalSeq uint64 `json:"original_seq"`
+
 	Body     json.RawMessage `json:"body"`      // as it was signed; a JSON string where it is no JSON, null where it is gone
 	BodyNote string          `json:"body_note"` // why there is none, or what was masked
 }
@@ -336,29 +340,37 @@ func (c *cli) showEvent(ctx context.Context, id string) (shownEvent, error) {
 	if err != nil {
 		return e, err
 	}
-	e.Body, e.BodyNote = r.body(ctx, e.Head)
+	if e.Origin != string(event.OriginReplay) {
+		e.OriginalSeq = e.StreamSeq
+	}
+	r.readBody(ctx, &e)
 	return e, nil
 }
 
-// body reads an event's body from the stream. What the log says is worth showing without it, so a reason takes the
+// readBody reads an event's body from the stream. What the log says is worth showing without it, so a reason takes the
 // place of an error.
-func (r *reach) body(ctx context.Context, e Head) (body json.RawMessage, note string) {
+func (r *reach) readBody(ctx context.Context, e *shownEvent) {
 	js, err := r.broker()
 	if err != nil {
-		return nil, "not read: " + err.Error()
+		e.BodyNote = "not read: " + err.Error()
+		return
 	}
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
 	msg, err := getMsg(ctx, js, e.StreamSeq)
 	switch {
 	case errors.Is(err, jetstream.ErrMsgNotFound):
-		return nil, "no longer in the stream (settled and past the retention time)"
+		e.BodyNote = "no longer in the stream (settled and past the retention time)"
 	case err != nil:
-		return nil, "not read: " + err.Error()
+		e.BodyNote = "not read: " + err.Error()
 	case cmp.Or(msg.Header.Get(stream.HeaderEventID), e.ID) != e.ID:
-		return nil, "no longer in the stream (another event has its place: the stream was made anew)"
+		e.BodyNote = "no longer in the stream (another event has its place: the stream was made anew)"
+	default:
+		if first, err := strconv.ParseUint(msg.Header.Get(stream.HeaderFirstSequence), 10, 64); err == nil {
+			e.OriginalSeq = first
+		}
+		e.Body, e.BodyNote = mask(event.Type(cmp.Or(e.Type, msg.Header.Get(stream.HeaderType))), msg.Data)
 	}
-	return mask(event.Type(cmp.Or(e.Type, msg.Header.Get(stream.HeaderType))), msg.Data)
 }
 
 func getMsg(ctx context.Context, js jetstream.JetStream, seq uint64) (*jetstream.RawStreamMsg, error) {
@@ -451,7 +463,14 @@ func printEvent(w io.Writer, e shownEvent) error {
 	t.row("object", cmp.Or(e.ObjectID, "-"))
 	t.row("user", cmp.Or(e.UserID, "-"))
 	t.row("received", timeText(e.ReceivedAt))
-	t.row("stream sequence", strconv.FormatUint(e.StreamSeq, 10))
+	switch e.OriginalSeq {
+	case e.StreamSeq:
+		t.row("stream sequence", strconv.FormatUint(e.StreamSeq, 10))
+	case 0:
+		t.row("stream sequence", fmt.Sprintf("not known, replayed as %d", e.StreamSeq))
+	default:
+		t.row("stream sequence", fmt.Sprintf("%d, replayed as %d", e.OriginalSeq, e.StreamSeq))
+	}
 	if err := t.Flush(); err != nil {
 		return fmt.Errorf("print: %w", err)
 	}

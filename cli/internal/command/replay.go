@@ -52,7 +52,7 @@ func (c *cli) replay() *cobra.Command {
 	}
 	f := cmd.Flags()
 	f.Var(&o.since, "since", "events stored since then")
-	f.Uint64Var(&o.from, "from-seq", 0, "events from this stream sequence on")
+	f.Uint64Var(&o.from, "from-seq", 0, "events from this stream sequence on (events show tells an event's)")
 	f.StringArrayVar(&o.events, "event", nil, "this event `ID`; may be repeated")
 	f.StringVar(&o.user, "user", "", "only events about this user `ID`")
 	f.StringVar(&o.source, "source", "", "only events of this source")

@@ -1,12 +1,15 @@
 package command
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
 
 	"github.com/usherhq/usher/pkg/stream"
+	"github.com/usherhq/usher/worker"
 )
 
 // TestIdsWithoutALetterAreNamed: a typo must not look like success, and must not hold up the others.
@@ -65,5 +68,42 @@ func TestUnknownHandlersAreRefused(t *testing.T) {
 		y.Run("dlq", "list", "--handler", "counter").want(exitOK)
 		r := y.Run("events", "list", "--handler", "mirorr").want(exitUsage)
 		assert.Contains(t, r.err, "want one of counter, mirror (the broker could not be asked for more: ")
+	})
+}
+
+// TestEventsShowTellsTheSequenceToReplayFrom: a replay has a sequence of its own, which is no event's to be replayed.
+func TestEventsShowTellsTheSequenceToReplayFrom(t *testing.T) {
+	t.Parallel()
+	eachDatabase(t, func(t *testing.T, url string) {
+		y := newYard(t, url)
+		repair := y.broken("bad")
+		y.work(worker.Config{Attempts: 1})
+		y.publish("one", "bad", "two")
+		y.wait("mirror", "processed", 2)
+		y.wait("mirror", "dead", 1)
+		y.Run("dlq", "replay", "msg_bad", "--yes").want(exitNo) // its next letter is that of a replay
+		y.wait("mirror", "dead", 1)
+		repair()
+		y.Run("dlq", "replay", "msg_bad", "--yes").want(exitOK)
+		y.Run("replay", "--event", "msg_bad", "--event", "msg_two", "--yes").want(exitOK)
+		y.Run("replay", "--event", "msg_bad", "--yes").want(exitOK)
+		y.wait("mirror", "processed", 3)
+
+		for id, want := range map[string]struct {
+			seq, copied uint64
+			from        int
+		}{"msg_one": {1, 1, 3}, "msg_bad": {2, 8, 2}, "msg_two": {3, 7, 1}} {
+			e := into[shownEvent](y.Run("events", "show", id, "-o", "json").want(exitOK))
+			assert.Equal(t, want.seq, e.OriginalSeq, id)
+			assert.Equal(t, want.copied, e.StreamSeq, id)
+			from := into[bulkResult](y.Run("replay", "--from-seq", fmt.Sprint(e.OriginalSeq), "--dry-run", "-o", "json").want(exitOK))
+			assert.Equal(t, want.from, from.Selected, id)
+		}
+		assert.Regexp(t, `stream sequence +1\n`, y.Run("events", "show", "msg_one").want(exitOK).out)
+		assert.Regexp(t, `stream sequence +2, replayed as 8\n`, y.Run("events", "show", "msg_bad").want(exitOK).out)
+		s, err := y.js.Stream(t.Context(), stream.Events)
+		require.NoError(t, err)
+		require.NoError(t, s.DeleteMsg(t.Context(), 7))
+		assert.Regexp(t, `stream sequence +not known, replayed as 7\n`, y.Run("events", "show", "msg_two").want(exitOK).out)
 	})
 }
