@@ -76,7 +76,7 @@ func TestTheServiceKeepsToItsShareOfTheQuota(t *testing.T) {
 			took := time.Since(began)
 			assert.LessOrEqual(t, w.api.Peak(), test.most)
 			assert.GreaterOrEqual(t, w.api.Peak(), test.most/2, "it uses its share, or this shows nothing")
-			for _, result := range []string{"limited", "client_error", "server_error", "no_answer"} {
+			for _, result := range []string{"limited", "unavailable", "unreadable", "unauthorized"} {
 				assert.Zero(t, requests(t, reg, result), result)
 			}
 			assert.Len(t, w.living("users"), test.users)
@@ -93,7 +93,7 @@ func requests(t *testing.T, reg *prometheus.Registry, result string) float64 {
 	require.NoError(t, err)
 	for _, f := range families {
 		for _, m := range f.GetMetric() {
-			if f.GetName() == "usher_reconcile_requests_total" && m.GetLabel()[0].GetValue() == result {
+			if f.GetName() == "usher_clerk_requests_total" && m.GetLabel()[0].GetValue() == result {
 				return m.GetCounter().GetValue()
 			}
 		}

@@ -63,11 +63,11 @@ func ConfigFrom(s *config.Settings) Config {
 	}
 }
 
-// Client opens the API of a source, whose requests metrics count.
+// Client opens the API of a source, whose metrics (usher_clerk_…) stand beside the given ones.
 func Client(s clerk.Source, log *zap.Logger, metrics *Metrics) (*clerk.Client, error) {
 	transport := http.DefaultTransport.(*http.Transport).Clone()
 	transport.MaxIdleConnsPerHost = getters * 2
-	return s.Client(clerk.Config{Log: log, HTTPClient: &http.Client{Transport: metrics.Transport(transport), Timeout: requestTimeout}})
+	return s.Client(clerk.Config{Log: log, HTTPClient: &http.Client{Transport: transport, Timeout: requestTimeout}, Registerer: metrics.registerer})
 }
 
 const requestTimeout = 20 * time.Second

@@ -2,7 +2,11 @@ package reconciler_test
 
 import (
 	"context"
+	"net"
+	"net/http"
+	"net/http/httptest"
 	"os"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -11,7 +15,9 @@ import (
 	"go.uber.org/goleak"
 	"go.uber.org/zap"
 
+	"github.com/usherhq/usher/pkg/clerk"
 	"github.com/usherhq/usher/pkg/dbtest"
+	"github.com/usherhq/usher/pkg/emulator"
 	"github.com/usherhq/usher/pkg/natstest"
 	"github.com/usherhq/usher/pkg/observe"
 	"github.com/usherhq/usher/pkg/stream"
@@ -55,6 +61,30 @@ func TestStartsIsReadyOnceTheStreamIsThereAndStops(t *testing.T) {
 	case <-time.After(15 * time.Second):
 		t.Fatal("the reconciler did not stop within 15 s")
 	}
+}
+
+func TestAClosedClientHasNoConnections(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, dbtest.SQLite(t), emulator.APIConfig{})
+	var open atomic.Int64
+	server := httptest.NewUnstartedServer(w.api)
+	server.Config.ConnState = func(_ net.Conn, state http.ConnState) {
+		switch state {
+		case http.StateNew:
+			open.Add(1)
+		case http.StateClosed:
+			open.Add(-1)
+		}
+	}
+	server.Start()
+	t.Cleanup(server.Close)
+	client, err := reconciler.Client(clerk.Source{Name: "clerk", APIURL: server.URL + "/v1", SecretKey: key, Quota: -1}, zap.NewNop(), reconciler.NewMetrics(nil))
+	require.NoError(t, err)
+	_, err = client.Count(t.Context(), "users")
+	require.NoError(t, err)
+	require.EqualValues(t, 1, open.Load())
+	client.Close()
+	require.Eventually(t, func() bool { return open.Load() == 0 }, 15*time.Second, 10*time.Millisecond)
 }
 
 func TestABrokerThatIsAwayIsNoErrorButNotReady(t *testing.T) {

@@ -23,7 +23,7 @@ var results = map[string]error{
 func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 	m := &metrics{
 		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "usher_clerk_requests_total", Help: "Requests to Clerk's Backend API by what became of them.",
+			Name: "usher_clerk_requests_total", Help: "Requests to Clerk's Backend API, retries included, by what became of them.",
 		}, []string{"result"}),
 		duration: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "usher_clerk_request_duration_seconds", Help: "How long Clerk's Backend API took to answer.",

@@ -790,7 +790,7 @@ func TestRequestsAreCounted(t *testing.T) {
 	_, err = c.Get(t.Context(), "users", "user_none")
 	require.ErrorIs(t, err, clerk.ErrNotFound)
 	var want strings.Builder
-	want.WriteString("# HELP usher_clerk_requests_total Requests to Clerk's Backend API by what became of them.\n# TYPE usher_clerk_requests_total counter\n")
+	want.WriteString("# HELP usher_clerk_requests_total Requests to Clerk's Backend API, retries included, by what became of them.\n# TYPE usher_clerk_requests_total counter\n")
 	for _, result := range []string{"canceled", "limited", "not_enabled", "not_found", "ok", "unauthorized", "unavailable", "unreadable"} {
 		n := 0
 		if result == "ok" || result == "not_found" {
