@@ -138,7 +138,7 @@ func commandsReference(*testing.T) string {
 func metricsReference(t *testing.T) string {
 	t.Helper()
 	settings, err := config.Load(config.Environ{
-		"USHER_DATA_DIR=" + t.TempDir(), "CLERK_WEBHOOK_SIGNING_SECRET=whsec_MTIzNDU2Nzg5MDEyMzQ1Njc4OTAxMjM0",
+		"USHER_DATA_DIR=" + t.TempDir(), "CLERK_WEBHOOK_SIGNING_SECRET=whsec_MTIzNDU2Nzg5MDEyMzQ1Njc4OTAxMjM0", "CLERK_SECRET_KEY=sk_test_reference",
 		"USHER_INGEST_ADDR=127.0.0.1:0", "USHER_CONSOLE_ADDR=127.0.0.1:0", "USHER_OPS_ADDR=127.0.0.1:0",
 	}, nil)
 	require.NoError(t, err)
