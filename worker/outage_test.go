@@ -476,10 +476,11 @@ func TestMissingTableOfSQLiteCostsNoAttempt(t *testing.T) {
 	r.work()
 	for _, table := range []string{"effects", "deliveries"} {
 		r.send(ids("before_"+table, 100)...)
-		require.NoError(t, r.db.Exec("ALTER TABLE "+table+" RENAME TO gone").Error)
+		gone := table + "_gone" // another name each time: a connection may not know yet that the last one is free again
+		require.NoError(t, r.db.Exec("ALTER TABLE "+table+" RENAME TO "+gone).Error)
 		r.send(ids("meanwhile_"+table, 100)...)
 		r.notReady("no such table: " + table)
-		require.NoError(t, r.db.Exec("ALTER TABLE gone RENAME TO "+table).Error)
+		require.NoError(t, r.db.Exec("ALTER TABLE "+gone+" RENAME TO "+table).Error)
 		r.untouched(60 * time.Second)
 	}
 }
