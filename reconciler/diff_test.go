@@ -26,17 +26,17 @@ func TestCompare(t *testing.T) {
 		defeated bool
 	}{
 		"NoRow":                    {1_700_000_000_000, ada, nil, Missing, false},
-		"OlderRow":                 {1_700_000_000_000, ada, &row{version: 1_600_000_000_000, raw: []byte(ada)}, Stale, false},
-		"Stub":                     {1_700_000_000_000, ada, &row{raw: []byte(ada)}, Stale, false},
-		"NewerRow":                 {1_700_000_000_000, ada, &row{version: 1_800_000_000_000, raw: []byte(eve)}, "", false},
-		"Same":                     {1_700_000_000_000, ada, &row{version: 1_700_000_000_000, raw: []byte(ada)}, "", false},
-		"OnlyVolatile":             {1_700_000_000_000, ada, &row{version: 1_700_000_000_000, raw: []byte(`{"last_active_at":9,"first_name":"A\u0064a","id":"user_1","x":null}`)}, "", false},
-		"OtherContent":             {1_700_000_000_000, ada, &row{version: 1_700_000_000_000, raw: []byte(eve)}, Different, false},
-		"OtherContentButSeenLater": {1_700_000_000_000, ada, &row{version: 1_700_000_000_000, seenAt: readAt + 1, raw: []byte(eve)}, "", false},
-		"SecondsInTheObject":       {1_700_000_000, ada, &row{version: 1_700_000_000_999, raw: []byte(ada)}, "", false},
+		"OlderRow":                 {1_700_000_000_000, ada, &row{version: 1_600_000_000_000, raw: ada}, Stale, false},
+		"Stub":                     {1_700_000_000_000, ada, &row{raw: ada}, Stale, false},
+		"NewerRow":                 {1_700_000_000_000, ada, &row{version: 1_800_000_000_000, raw: eve}, "", false},
+		"Same":                     {1_700_000_000_000, ada, &row{version: 1_700_000_000_000, raw: ada}, "", false},
+		"OnlyVolatile":             {1_700_000_000_000, ada, &row{version: 1_700_000_000_000, raw: `{"last_active_at":9,"first_name":"A\u0064a","id":"user_1","x":null}`}, "", false},
+		"OtherContent":             {1_700_000_000_000, ada, &row{version: 1_700_000_000_000, raw: eve}, Different, false},
+		"OtherContentButSeenLater": {1_700_000_000_000, ada, &row{version: 1_700_000_000_000, seenAt: readAt + 1, raw: eve}, "", false},
+		"SecondsInTheObject":       {1_700_000_000, ada, &row{version: 1_700_000_000_999, raw: ada}, "", false},
 		"NewerTombstone":           {1_700_000_000_000, ada, &row{version: 1_800_000_000_000, deleted: true}, "", true},
 		"OlderTombstone":           {1_700_000_000_000, ada, &row{version: 1_600_000_000_000, deleted: true}, Missing, false},
-		"NoVersion":                {0, ada, &row{version: 1_600_000_000_000, raw: []byte(eve)}, Different, false},
+		"NoVersion":                {0, ada, &row{version: 1_600_000_000_000, raw: eve}, Different, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -58,9 +58,9 @@ func TestDifferencesAreOfValuesNotOfSpellings(t *testing.T) {
 		{`{"a":"x\u0000y"}`, `{"a":"x\ufffdy"}`},
 		{`{"a":12345678901234567890}`, `{"a": 12345678901234567890}`},
 	} {
-		assert.Empty(t, differences("roles", []byte(same[0]), []byte(same[1])), same)
+		assert.Empty(t, differences("roles", []byte(same[0]), same[1]), same)
 	}
-	got := differences("roles", []byte(`{"a":1,"b":[1,2],"c":{"d":"x"},"e":12345678901234567891}`), []byte(`{"a":2,"b":[2,1],"c":{"d":"y"},"e":12345678901234567890,"f":true}`))
+	got := differences("roles", []byte(`{"a":1,"b":[1,2],"c":{"d":"x"},"e":12345678901234567891}`), `{"a":2,"b":[2,1],"c":{"d":"y"},"e":12345678901234567890,"f":true}`)
 	var names []string
 	for _, f := range got {
 		names = append(names, f.Field)
@@ -129,7 +129,7 @@ func TestMergeMeetsEveryPair(t *testing.T) {
 func TestTheShareOfRowsThatMayGoUnasked(t *testing.T) {
 	t.Parallel()
 	c := SweepConfig{}.withDefaults()
-	for rows, want := range map[int64]int64{0: 3, 10: 3, 100: 5, 1000: 50, 2000: 100, 1_000_000: 100} {
+	for rows, want := range map[int64]int64{1: 1, 2: 1, 3: 1, 4: 2, 5: 2, 6: 3, 10: 3, 100: 5, 1000: 50, 2000: 100, 1_000_000: 100} {
 		assert.Equal(t, want, c.limit(rows), rows)
 	}
 }

@@ -40,7 +40,7 @@ type SweepConfig struct {
 
 	ExtraShare float64 // of a table's rows that may be deleted unasked (0.05)
 	ExtraMax   int     // rows of a table that may be deleted unasked (100)
-	ExtraMin   int     // rows that may be deleted whatever their share (3), or a table of ten could never lose one
+	ExtraMin   int     // rows that may be deleted whatever their share, up to half of the table (3), or a table of ten could never lose one
 
 	Pause      time.Duration // before what differs is looked at again (2 s)
 	Rechecks   int           // how often a verification looks (3)

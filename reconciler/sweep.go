@@ -25,6 +25,7 @@ type API interface {
 	Count(ctx context.Context, resource string) (int64, error)
 	Tally(ctx context.Context, resource string, newest time.Time) (clerk.Tally, error)
 	Latest(ctx context.Context, resource string) (clerk.Object, bool, error)
+	Newest(ctx context.Context, resource string) ([]clerk.Object, error)
 }
 
 const (
@@ -41,6 +42,12 @@ const (
 	maxUnknown = 20_000
 	// getters is how many single objects are asked for at once.
 	getters = 4
+	// looks is how often Clerk is asked for a count that does not fit its pages before that is taken for an answer.
+	looks = 3
+	// fewUnlisted is how many objects that no page had may be there all the same, of a table that is not large.
+	fewUnlisted = 10
+	// clockSkew is by how much Clerk's clock may be behind ours.
+	clockSkew = time.Minute
 )
 
 // stopError ends a run that must not go on: nothing was deleted.
@@ -66,6 +73,30 @@ type span struct {
 	matched    int64
 }
 
+// end is how far the pages of a table go.
+type end struct {
+	created int64 // ms: when the newest object of them was made; 0 for none, and where they are in no order
+	same    int   // objects of that time
+	began   time.Time
+}
+
+func (e *end) reach(created int64) {
+	if created > e.created {
+		e.created, e.same = created, 0
+	}
+	if created == e.created {
+		e.same++
+	}
+}
+
+// beyond tells whether an object was made after the last page, so that none can have it.
+func (e *end) beyond(created int64) bool {
+	if e.created == 0 {
+		return created > e.began.Add(-clockSkew).UnixMilli()
+	}
+	return created > e.created
+}
+
 // sweep is one run over some tables. One goroutine uses it.
 type sweep struct {
 	*Sweeper
@@ -86,6 +117,9 @@ type sweep struct {
 	// tail is of the pages behind the last cursor. A run that is taken up reads them again, so they are not in the checkpoint.
 	tail struct{ checked, matched int64 }
 	from int64 // ms: the time of creation at which this process began; 0 for the beginning
+	end  end
+	// lacking is how many objects are there that the pages should have had.
+	lacking int64
 	// lastRead is when the last page was read, saved when the last checkpoint was made.
 	lastRead, saved time.Time
 	room            room
@@ -108,6 +142,7 @@ func (w *sweep) run(ctx context.Context) error {
 		w.table, w.at = table, w.state.of(table)
 		w.queue, w.waiting, w.met, w.rereads = nil, 0, map[string]struct{}{}, 0
 		w.tail.checked, w.tail.matched, w.from = 0, 0, w.at.Created
+		w.end, w.lacking = end{created: w.at.Created, began: time.Now()}, 0
 		if w.at.Done {
 			continue
 		}
@@ -193,33 +228,32 @@ func (w *sweep) full(ctx context.Context) error {
 	if w.at.Cursor == "" {
 		w.restart() // of what was seen without a cursor to go on from, all is seen again
 	}
-	before, err := w.api.Count(ctx, w.table)
-	if err != nil {
-		return fmt.Errorf("count: %w", err)
+	if w.at.Cursor == "" || w.at.Total == 0 { // else it is of what the pages began with
+		n, err := w.api.Count(ctx, w.table)
+		if err != nil {
+			return fmt.Errorf("count: %w", err)
+		}
+		w.at.Total = n
 	}
-	w.at.Total = before
+	before := w.at.Total
 	if err := w.head(ctx); err != nil {
 		return err
 	}
+	pages := w.keyed
 	if clerk.Sorted(w.table, clerk.Created) {
-		err = w.merged(ctx)
-	} else {
-		err = w.keyed(ctx)
+		pages = w.merged
 	}
-	if err == nil {
-		err = w.drain(ctx, true)
-	}
-	if err != nil {
+	if err := pages(ctx); err != nil {
 		return err
 	}
-	after, err := w.api.Count(ctx, w.table)
+	if err := w.drain(ctx, true); err != nil {
+		return err
+	}
+	after, err := w.counted(ctx, before)
 	if err != nil {
-		return fmt.Errorf("count: %w", err)
+		return err
 	}
 	w.at.Count = after
-	if err := w.counted(before, after); err != nil {
-		return err
-	}
 	if err := w.extras(ctx); err != nil {
 		return err
 	}
@@ -230,17 +264,52 @@ func (w *sweep) full(ctx context.Context) error {
 	return nil
 }
 
-// counted stops the run where what was swept is not what Clerk counts, give or take what may have come and gone meanwhile.
-func (w *sweep) counted(before, after int64) error {
-	low, high := min(before, after), max(before, after)
-	slack := max(3, high/100)
-	if clerk.Partial(w.table) { // nothing of it is ever deleted
-		return nil
+// counted asks for the count after the pages, and stops the run where it does not fit them and that of before: when an object was in
+// the list all the time, a page had it.
+func (w *sweep) counted(ctx context.Context, before int64) (int64, error) {
+	for look := 1; ; look++ {
+		after, err := w.api.Count(ctx, w.table)
+		if err != nil {
+			return 0, fmt.Errorf("count: %w", err)
+		}
+		if w.opts.Force || clerk.Partial(w.table) {
+			return after, nil
+		}
+		fits, err := w.fits(ctx, before, after)
+		if err != nil || fits {
+			return after, err
+		}
+		if look == looks {
+			return 0, stopError(fmt.Sprintf("%s: Clerk counts %d and its pages had %d: nothing was deleted", w.table, after, w.checked()))
+		}
+		if err := sleep(ctx, w.cfg.Pause); err != nil { // a count may be behind
+			return 0, err
+		}
 	}
-	if n := w.checked(); !w.opts.Force && (n < low-slack || n > high+slack) {
-		return stopError(fmt.Sprintf("%s: Clerk counts %d and its pages had %d: nothing was deleted", w.table, after, n))
+}
+
+// fits tells whether what was swept is what Clerk counts. The pages have all that are there at their end, and some that left while they were
+// read. They may lack what came after them, and as many as the count moved by; they may have what left, and a few more, since
+// others may have come for those.
+func (w *sweep) fits(ctx context.Context, before, after int64) (bool, error) {
+	seen, moved, high := w.checked(), max(before-after, after-before), max(before, after)
+	if seen > high+max(3, high/100) {
+		return false, nil
 	}
-	return nil
+	if seen+moved >= after {
+		return true, nil
+	}
+	newest, err := w.api.Newest(ctx, w.table)
+	if err != nil {
+		return false, fmt.Errorf("count: %w", err)
+	}
+	late := 0
+	for i := range newest {
+		if created := event.Millis(newest[i].CreatedAt); w.end.beyond(created) || created == w.end.created {
+			late++
+		}
+	}
+	return seen+moved+int64(max(0, late-w.end.same)) >= after, nil
 }
 
 // head notes the newest change before the sweep, from which the next incremental one goes on.
@@ -271,6 +340,7 @@ func (w *sweep) merged(ctx context.Context) error {
 			current = span{readAt: page.ReadAt, cursor: page.Cursor}
 			for _, o := range page.Objects {
 				current.created = event.Millis(o.CreatedAt)
+				w.end.reach(current.created)
 				if !yield(object{o, page.ReadAt}, nil) {
 					return
 				}
@@ -405,6 +475,7 @@ func (w *sweep) restart() {
 	w.at.Cursor, w.at.Created, w.at.Checked, w.at.Matched, w.at.Unmatched = "", 0, 0, 0, nil
 	w.at.Unlisted, w.at.Defeated, w.at.Apart, w.at.Gone = 0, 0, 0, nil
 	w.tail.checked, w.tail.matched, w.from = 0, 0, 0
+	w.end, w.lacking = end{began: time.Now()}, 0
 }
 
 func (w *sweep) changes(ctx context.Context, since int64) error {
@@ -612,7 +683,7 @@ func (w *sweep) ask(ctx context.Context, candidates []*candidate) (map[*candidat
 func organizationOf(c *candidate) string {
 	raw := []byte(c.object.Raw)
 	if len(raw) == 0 && c.row != nil {
-		raw = c.row.raw
+		raw = []byte(c.row.raw)
 	}
 	return cmp.Or(gjson.GetBytes(raw, "organization.id").Str, gjson.GetBytes(raw, "organization_id").Str)
 }
@@ -645,6 +716,10 @@ func (w *sweep) extras(ctx context.Context) error {
 		}
 		for _, c := range confirmed {
 			w.at.Gone = append(w.at.Gone, gone{ID: c.object.ID, At: c.object.readAt.UnixMilli()})
+		}
+		if w.lacking > max(min(fewUnlisted, rows/2), rows/100) {
+			w.at.Gone = nil
+			return fmt.Errorf("the list lacks %d objects that exist, of the first that were asked for: %w", w.lacking, clerk.ErrUnreadable)
 		}
 		if int64(len(w.at.Gone)) > limit {
 			return stopError(fmt.Sprintf("%s: at least %d of %d rows are unknown to Clerk, more than the %d that may be deleted unasked: nothing was deleted (a wrong key looks just like that; --force deletes them)",
@@ -743,6 +818,9 @@ func (w *sweep) confirm(ctx context.Context, ids []string) ([]*candidate, error)
 		// Where this process began, rows of that millisecond stand beside pages that the one before it has read.
 		if w.from == 0 || c.row.created != w.from {
 			w.at.Unlisted++
+			if !w.end.beyond(event.Millis(c.object.CreatedAt)) {
+				w.lacking++
+			}
 		}
 		if c.verdict = compare(w.table, c.object, c.row); c.verdict.drift != "" {
 			there = append(there, c)
@@ -883,9 +961,9 @@ func sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// limit is how many of so many rows may be deleted without --force.
+// limit is how many of so many rows may be deleted without --force: of a small table half at most, but one always.
 func (c SweepConfig) limit(rows int64) int64 {
-	return min(int64(c.ExtraMax), max(int64(c.ExtraMin), int64(float64(rows)*c.ExtraShare)))
+	return min(int64(c.ExtraMax), max(min(int64(c.ExtraMin), max(1, rows/2)), int64(float64(rows)*c.ExtraShare)))
 }
 
 func (o Options) publishes() bool { return o.Kind != verification && !o.DryRun }

@@ -286,6 +286,23 @@ func (c *Client) Latest(ctx context.Context, resource string) (Object, bool, err
 	return page.objects[0], true, nil
 }
 
+// Newest reads, in one request, the objects that were created last, 100 at most, newest first; none where a resource cannot be listed
+// by creation.
+func (c *Client) Newest(ctx context.Context, resource string) ([]Object, error) {
+	r, err := lookup(resource)
+	if err != nil {
+		return nil, fmt.Errorf("read newest of %s: %w", resource, err)
+	}
+	if !r.created {
+		return nil, nil
+	}
+	page, err := c.list(ctx, r.path, url.Values{"order_by": {"-created_at"}}, -1, youngest)
+	if err != nil {
+		return nil, fmt.Errorf("read newest of %s: %w", resource, err)
+	}
+	return page.objects, nil
+}
+
 // Users reads up to 100 users by their ids in one request. Those that Clerk does not know are left out, which
 // proves nothing: ask [Client.Get].
 func (c *Client) Users(ctx context.Context, ids []string) ([]Object, error) {

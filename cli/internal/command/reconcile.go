@@ -35,9 +35,11 @@ func (c *cli) reconcile() *cobra.Command {
 		Short: "Compare Clerk's API with the mirror and publish events for what was missed",
 		Long: "reconcile reads Clerk's Backend API and publishes an event for every object that the mirror lacks or has in another\n" +
 			"state; the worker applies them like any other. Without --full it reads what changed since the last run; with it,\n" +
-			"everything. A row is deleted only when Clerk says of that one object that it does not exist; when more than 5% of a\n" +
-			"table or more than 100 rows are unknown to Clerk (a wrong key looks just like that), or when Clerk's count\n" +
-			"contradicts its pages, nothing is deleted and the run stops, unless --force is given.\n\n" +
+			"everything. A row is deleted only when Clerk says of that one object that it does not exist. When more than 5% of a\n" +
+			"table or more than 100 rows are unknown to Clerk (a wrong key looks just like that), nothing is deleted and the run\n" +
+			"stops, unless --force is given; of a small table 3 rows may go, but no more than half of it, and always one. It stops\n" +
+			"as well when Clerk's count contradicts its pages. A list that lacks objects which Clerk has when asked for them one by one\n" +
+			"fails the run. Invitations to organizations are never deleted: Clerk's lists of them are not whole.\n\n" +
 			"A run that was interrupted goes on where it was. One sweep runs at a time; this one waits for another.\n\n" +
 			"Exit code 0: done. 1: it was stopped, or --dry-run found drift. 2: it could not compare.",
 		Example: "  usher reconcile\n  usher reconcile --full --dry-run\n  usher reconcile --full --resource users --output json",
