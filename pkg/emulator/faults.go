@@ -1,6 +1,7 @@
 package emulator
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash/fnv"
@@ -64,10 +65,11 @@ func (f *Faults) validate() error {
 	return errors.Join(problems...)
 }
 
-// lot draws from [0, 1) for an event and a purpose, the same whenever it is drawn.
-func lot(seed uint64, id, purpose string) float64 {
+// lot draws from [0, 1) for the event at a position of a story and a purpose, the same whenever it is drawn. Ids would not do: they hold
+// the time of the story.
+func lot(seed uint64, position int, purpose string) float64 {
 	h := fnv.New64a()
-	_, _ = h.Write([]byte(id))
+	_, _ = h.Write(binary.BigEndian.AppendUint64(nil, uint64(position)))
 	_, _ = h.Write([]byte(purpose))
 	// FNV alone leaves the high bits of alike texts alike; the finish of SplitMix64 mixes them.
 	x := h.Sum64() ^ (seed * 0x9e3779b97f4a7c15)

@@ -350,8 +350,8 @@ func (d *dispatch) wait(p *parcel, t time.Duration) {
 // take lets the faults strike a new event.
 func (d *dispatch) take(e Event) {
 	f, seed := &d.cfg.Faults, d.cfg.Seed
-	strikes := func(name string, rate float64) bool { return rate > 0 && lot(seed, e.ID, name) < rate }
 	p := &parcel{Event: e, entry: d.ledger.sent(e.ID, e.Type), seq: d.seq}
+	strikes := func(name string, rate float64) bool { return rate > 0 && lot(seed, p.seq, name) < rate }
 	d.seq++
 	if strikes("drop", f.Drop) {
 		d.ledger.giveUp(p.entry, Dropped)
@@ -360,7 +360,7 @@ func (d *dispatch) take(e Event) {
 	reorder, delay := strikes("reorder", f.Reorder), strikes("delay", f.Delay)
 	if strikes("duplicate", f.Duplicate) {
 		d.ledger.note(p.entry, func(c *Count) { c.Repeated++ })
-		if !reorder && !delay && lot(seed, e.ID, "at once") < .5 {
+		if !reorder && !delay && lot(seed, p.seq, "at once") < .5 {
 			d.ready = append(d.ready, p.copy())
 		} else {
 			p.again = true
@@ -369,11 +369,11 @@ func (d *dispatch) take(e Event) {
 	switch {
 	case reorder:
 		d.ledger.note(p.entry, func(c *Count) { c.Reordered++ })
-		p.behind = 1 + int(lot(seed, e.ID, "behind")*reorderBy)
+		p.behind = 1 + int(lot(seed, p.seq, "behind")*reorderBy)
 		d.held = append(d.held, p)
 	case delay:
 		d.ledger.note(p.entry, func(c *Count) { c.Delayed++ })
-		d.wait(p, time.Duration(lot(seed, e.ID, "for")*float64(d.cfg.MaxDelay)))
+		d.wait(p, time.Duration(lot(seed, p.seq, "for")*float64(d.cfg.MaxDelay)))
 	default:
 		d.ready = append(d.ready, p)
 	}
@@ -412,7 +412,7 @@ func (d *dispatch) answered(a answer) {
 	if d.failing.IsZero() {
 		d.failing = now
 	}
-	if f := d.cfg.Faults.Disable; f > 0 && now.Sub(d.failing) >= d.compress(disableAfter) && lot(d.cfg.Seed, a.ID, "disable") < f {
+	if f := d.cfg.Faults.Disable; f > 0 && now.Sub(d.failing) >= d.compress(disableAfter) && lot(d.cfg.Seed, a.seq, "disable") < f {
 		if !d.disabled.Swap(true) {
 			d.cfg.Logger.Warn("endpoint disabled", zap.Duration("duration", now.Sub(d.failing)))
 		}

@@ -249,6 +249,34 @@ func TestDropNeverSends(t *testing.T) {
 	}
 }
 
+// TestTheSameSeedStrikesTheSameEventsOfAStory: ids differ, since they hold the time of the story.
+func TestTheSameSeedStrikesTheSameEventsOfAStory(t *testing.T) {
+	t.Parallel()
+	tell := func(seed uint64, start time.Time) (types []string, struck []int, total emulator.Count) {
+		r := newReceiver()
+		sender := newSender(t, r, func(c *emulator.SenderConfig) {
+			c.Faults, c.Seed, c.Compress = emulator.Faults{Drop: .1, Duplicate: .1, Reorder: .1, Delay: .1}, seed, 1e6
+		})
+		_, events := story(emulator.Config{Seed: seed, Start: start}, 40)
+		require.NoError(t, sender.Deliver(t.Context(), slices.Values(events)))
+		for i, e := range events {
+			types = append(types, e.Type)
+			if entry, _ := sender.Ledger().Lookup(e.ID); entry.Outcome == emulator.Dropped {
+				struck = append(struck, i)
+			}
+		}
+		return types, struck, sender.Ledger().Totals()
+	}
+	morning := time.Date(2026, 1, 15, 8, 0, 0, 0, time.UTC)
+	types, struck, total := tell(7, morning)
+	types2, struck2, total2 := tell(7, morning.Add(31*time.Hour+7*time.Minute))
+	assert.Equal(t, types, types2)
+	assert.Equal(t, struck, struck2)
+	assert.Equal(t, total, total2)
+	_, other, _ := tell(8, morning)
+	assert.NotEqual(t, struck, other)
+}
+
 func TestDuplicateSendsTwiceWithTheSameId(t *testing.T) {
 	t.Parallel()
 	r := newReceiver()

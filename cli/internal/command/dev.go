@@ -51,7 +51,7 @@ func (c *cli) dev() *cobra.Command {
 	cmd.Flags().BoolVar(&o.demo, "demo", false, "let the emulator tell a story and print the ledger")
 	cmd.Flags().BoolVar(&o.exit, "exit", false, "stop after the demo; exit code 0 only when its ledger balances")
 	cmd.Flags().IntVar(&o.users, "users", 200, "users in the demo's story")
-	cmd.Flags().Uint64Var(&o.seed, "seed", 0, "seed of the demo's story; the same seed tells the same story (default: random)")
+	cmd.Flags().Uint64Var(&o.seed, "seed", 0, "seed of the demo's story; the same seed tells the same story, with the same events twice and out of order; ids and times are of the day (default: random)")
 	outputFlag(cmd, &o.output)
 	c.settingFlags(cmd, false)
 	return cmd
