@@ -209,7 +209,7 @@ func (r *reach) checkHandler(ctx context.Context, db *gorm.DB, name string) erro
 	return err
 }
 
-// consumers names the durable consumers of the stream of events. The others are of those who only look.
+// consumers names those of the stream of events that belong to handlers, and not to somebody who only looks.
 func (r *reach) consumers(ctx context.Context) ([]string, error) {
 	js, err := r.broker()
 	if err != nil {
@@ -224,7 +224,7 @@ func (r *reach) consumers(ctx context.Context) ([]string, error) {
 	var names []string
 	list := s.ListConsumers(ctx)
 	for info := range list.Info() {
-		if info.Config.Durable != "" {
+		if stream.Holds(info) {
 			names = append(names, info.Name)
 		}
 	}
