@@ -224,7 +224,7 @@ func (r *reach) consumers(ctx context.Context) ([]string, error) {
 	var names []string
 	list := s.ListConsumers(ctx)
 	for info := range list.Info() {
-		if stream.Holds(info) {
+		if info.Config.Durable != "" {
 			names = append(names, info.Name)
 		}
 	}
