@@ -4,7 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -56,8 +59,9 @@ func (w *Worker) clean(ctx context.Context) {
 	}
 }
 
-// purgeStream removes the events that are older than the retention and settled by every handler. It returns the broker's time: the
-// events were stamped with that clock, and a clock of ours that jumped must not remove anything.
+// purgeStream removes the events that are older than the retention and settled by every handler and every other consumer that
+// holds them ([stream.Holds]). It returns the broker's time: the events were stamped with that clock, and a clock of ours that
+// jumped must not remove anything.
 func (w *Worker) purgeStream(ctx context.Context) (now time.Time, purged uint64, err error) {
 	s, err := w.deps.JetStream.Stream(ctx, stream.Events)
 	if err != nil {
@@ -68,22 +72,21 @@ func (w *Worker) purgeStream(ctx context.Context) (now time.Time, purged uint64,
 	state := before.State
 	cutoff := now.Add(-w.cfg.Retention)
 	if state.Msgs == 0 || !state.FirstTime.Before(cutoff) {
+		w.holding = holding{}
 		return now, 0, nil
 	}
-	keep := state.LastSeq + 1 // the first event that stays
-	for _, r := range w.cfg.Handlers {
-		first, err := w.firstUnsettled(ctx, s, r.Handler.Name(), state.LastSeq)
-		if err != nil {
-			return now, 0, fmt.Errorf("find the first event that handler %s has not settled: %w", r.Handler.Name(), err)
-		}
-		keep = min(keep, first)
+	keep, holder, err := w.firstUnsettled(ctx, s, state.LastSeq)
+	if err != nil {
+		return now, 0, err
 	}
-	if keep <= state.FirstSeq {
-		return now, 0, nil
-	}
-	if keep, err = firstSince(ctx, s, cutoff, state.FirstSeq, keep); err != nil {
+	young, err := firstSince(ctx, s, cutoff, state.FirstSeq, min(keep, state.LastSeq)+1)
+	if err != nil {
 		return now, 0, fmt.Errorf("find the first event since %s: %w", cutoff.UTC().Format(time.RFC3339), err)
 	}
+	if young <= keep { // nothing that is old is held
+		keep, holder = young, ""
+	}
+	w.tellHolder(holder, keep, state.Bytes, before.Config.MaxBytes)
 	if keep <= state.FirstSeq {
 		return now, 0, nil
 	}
@@ -99,13 +102,91 @@ func (w *Worker) purgeStream(ctx context.Context) (now time.Time, purged uint64,
 	return now, uint64(max(gone, 0)), nil
 }
 
-// firstUnsettled is the sequence of the first event that a handler may still need, last + 1 where it needs none up to last.
-func (w *Worker) firstUnsettled(ctx context.Context, s jetstream.Stream, handler string, last uint64) (uint64, error) {
-	consumer, err := w.deps.JetStream.Consumer(ctx, stream.Events, handler)
-	if err != nil {
-		return 0, err //nolint:wrapcheck // the caller says what it was for
+// nearlyFull is the share of the stream's room from which on its holder is told of again.
+const nearlyFull = 0.8
+
+// holding is what was last told of a consumer of somebody else that holds the purge back; its zero value is none.
+type holding struct {
+	consumer string
+	full     bool // nearly
+}
+
+// tellHolder logs once which consumer, not one of ours, holds the purge back, and once more when the stream is nearly full.
+func (w *Worker) tellHolder(consumer string, seq, used uint64, room int64) {
+	last, now := w.holding, holding{consumer: consumer}
+	if consumer != "" {
+		now.full = room > 0 && float64(used) > nearlyFull*float64(room) || consumer == last.consumer && last.full
 	}
-	info := consumer.CachedInfo()
+	w.holding = now
+	if consumer == "" || now == last {
+		return
+	}
+	w.deps.Log.Warn("stream keeps events past their retention for a consumer that has not settled them: let it go on, or delete it",
+		zap.String("service", "worker"), zap.String("consumer", consumer), zap.Uint64("stream_seq", seq), zap.Uint64("bytes", used), zap.Int64("max_bytes", room))
+}
+
+// firstUnsettled is the sequence of the first event that somebody still needs, last + 1 where nobody needs any up to last. holder
+// is whoever needs it, where that is not a handler of this worker. A handler without a consumer is an error: nobody knows what it needs.
+func (w *Worker) firstUnsettled(ctx context.Context, s jetstream.Stream, last uint64) (first uint64, holder string, err error) {
+	infos, err := consumers(ctx, s)
+	if err != nil {
+		return 0, "", fmt.Errorf("list consumers of %s: %w", stream.Events, err)
+	}
+	var handlers []string
+	for _, r := range w.cfg.Handlers {
+		name := r.Handler.Name()
+		if infos[name] == nil {
+			return 0, "", fmt.Errorf("find what handler %s has settled: %w", name, jetstream.ErrConsumerNotFound)
+		}
+		handlers = append(handlers, name)
+	}
+	first = last + 1
+	for _, name := range slices.Sorted(maps.Keys(infos)) {
+		foreign := !slices.Contains(handlers, name)
+		if foreign && !stream.Holds(infos[name]) {
+			continue
+		}
+		needs, err := firstUnsettled(ctx, s, infos[name], last)
+		switch {
+		case err != nil:
+			return 0, "", fmt.Errorf("find the first event that consumer %s has not settled: %w", name, err)
+		case needs < first && foreign:
+			first, holder = needs, name
+		case needs <= first && !foreign:
+			first, holder = needs, ""
+		}
+	}
+	return first, holder, nil
+}
+
+// consumers are all consumers of a stream by name.
+func consumers(ctx context.Context, s jetstream.Stream) (map[string]*jetstream.ConsumerInfo, error) {
+	infos := map[string]*jetstream.ConsumerInfo{}
+	list := s.ListConsumers(ctx)
+	for info := range list.Info() {
+		infos[info.Name] = info
+	}
+	if err := list.Err(); err != nil {
+		return nil, err //nolint:wrapcheck // the caller says what it was for
+	}
+	// A cluster leaves out of the list whoever does not answer, but it has their names.
+	names, missing := s.ConsumerNames(ctx), []string(nil)
+	for name := range names.Name() {
+		if infos[name] == nil {
+			missing = append(missing, name)
+		}
+	}
+	if err := names.Err(); err != nil {
+		return nil, err //nolint:wrapcheck // the caller says what it was for
+	}
+	if len(missing) > 0 {
+		return nil, fmt.Errorf("no answer from %s", strings.Join(missing, ", "))
+	}
+	return infos, nil
+}
+
+// firstUnsettled is the sequence of the first event that a consumer may still need, last + 1 where it needs none up to last.
+func firstUnsettled(ctx context.Context, s jetstream.Stream, info *jetstream.ConsumerInfo, last uint64) (uint64, error) {
 	if info.NumPending == 0 && info.NumAckPending == 0 {
 		return last + 1, nil
 	}

@@ -13,6 +13,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"go.uber.org/zap"
 	"gorm.io/gorm"
 
 	"github.com/usherhq/usher/pkg/dbtest"
@@ -65,6 +66,54 @@ func TestPurgeRemovesOnlyWhatIsOldAndSettled(t *testing.T) {
 	require.Eventually(t, func() bool { return r.streamState().Msgs == 0 }, 20*time.Second, 10*time.Millisecond)
 	r.ledger(20 * time.Second)
 	assert.NotZero(t, r.logs.FilterMessage("stream purged").Len())
+}
+
+// TestPurgeLeavesWhatAConsumerOfSomebodyElseNeeds: whoever runs Usher may read the stream with consumers of their own.
+func TestPurgeLeavesWhatAConsumerOfSomebodyElseNeeds(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, dbtest.SQLite(t), worker.Config{Retention: time.Millisecond, PurgeInterval: 50 * time.Millisecond}, nil)
+	const unsettled = "stream keeps events past their retention for a consumer that has not settled them: let it go on, or delete it"
+	for name, change := range map[string]func(*jetstream.ConsumerConfig){
+		"listen-bob": func(*jetstream.ConsumerConfig) {},
+		"watcher":    func(c *jetstream.ConsumerConfig) { c.AckPolicy = jetstream.AckNonePolicy },
+		"passing":    func(c *jetstream.ConsumerConfig) { c.Durable, c.InactiveThreshold = "", time.Hour },
+		"billing":    func(c *jetstream.ConsumerConfig) { c.FilterSubject = "clerk.evt.*.user.>" },
+	} {
+		cfg := jetstream.ConsumerConfig{Name: name, Durable: name, AckPolicy: jetstream.AckExplicitPolicy}
+		change(&cfg)
+		_, err := r.js.CreateConsumer(t.Context(), stream.Events, cfg)
+		require.NoError(t, err)
+	}
+	r.work()
+	r.send(ids("event", 10)...)
+	r.ledger(20 * time.Second)
+	told := func() int {
+		return r.logs.FilterMessage(unsettled).FilterField(zap.String("consumer", "billing")).Len()
+	}
+	require.Eventually(t, func() bool { return told() == 1 }, 20*time.Second, 10*time.Millisecond)
+	assert.Equal(t, uint64(10), r.streamState().Msgs)
+
+	billing, err := r.js.Consumer(t.Context(), stream.Events, "billing")
+	require.NoError(t, err)
+	for range 4 {
+		msg, err := billing.Next()
+		require.NoError(t, err)
+		require.NoError(t, msg.DoubleAck(t.Context()))
+	}
+	require.Eventually(t, func() bool { return r.streamState().FirstSeq == 5 }, 20*time.Second, 10*time.Millisecond, "what it has settled goes")
+	require.Never(t, func() bool { return r.streamState().FirstSeq != 5 || told() != 1 }, 500*time.Millisecond, 50*time.Millisecond, "what it has not stays, and that is told once")
+
+	events, err := r.js.Stream(t.Context(), stream.Events)
+	require.NoError(t, err)
+	tight := events.CachedInfo().Config
+	tight.MaxBytes = int64(r.streamState().Bytes) * 11 / 10
+	_, err = r.js.UpdateStream(t.Context(), tight)
+	require.NoError(t, err)
+	require.Eventually(t, func() bool { return told() == 2 }, 20*time.Second, 10*time.Millisecond, "once more while there is still some room")
+
+	require.NoError(t, r.js.DeleteConsumer(t.Context(), stream.Events, "billing"))
+	require.Eventually(t, func() bool { return r.streamState().Msgs == 0 }, 20*time.Second, 10*time.Millisecond)
+	assert.Equal(t, 2, r.logs.FilterMessage(unsettled).Len(), "of nobody else")
 }
 
 // TestPurgeCountsEveryHandler: the slowest handler decides, and the ack floor of one whose events are rare does not.

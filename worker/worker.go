@@ -109,6 +109,7 @@ type Worker struct {
 	metrics *metrics
 	loops   map[string][]*loop // by handler
 	idle    trouble            // of the database, also while there is nothing to do
+	holding holding            // only clean uses it
 }
 
 // New checks the configuration; it neither dials nor reads.

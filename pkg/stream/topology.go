@@ -107,6 +107,16 @@ func (t Topology) Consumer(h HandlerSpec) jetstream.ConsumerConfig {
 	}
 }
 
+// ListenPrefix begins the name of a consumer that only looks on, such as that of a developer who listens from a laptop. It may
+// sleep for weeks and miss what happened: it holds no event back from the retention.
+const ListenPrefix = "listen-"
+
+// Holds tells whether a consumer on [Events] keeps what it has not settled in the stream, be it older than the retention: every
+// durable consumer that acks does, also one that users of Usher made, unless its name begins with [ListenPrefix].
+func Holds(c *jetstream.ConsumerInfo) bool {
+	return c.Config.Durable != "" && c.Config.AckPolicy != jetstream.AckNonePolicy && !strings.HasPrefix(c.Name, ListenPrefix)
+}
+
 // Difference is one field of a stream or consumer that is not as Usher wants it.
 type Difference struct {
 	Object string `json:"object"` // "stream CLERK_EVENTS", "consumer mirror"
