@@ -56,10 +56,27 @@ type verdict struct {
 	// defeated: the mirror's tombstone is newer than the object, so no event of the object can bring it back. It was deleted since the
 	// object was read, or, if it still lives, wrongly.
 	defeated bool
+	// held: the living row is newer than the object, and not by what came after it was read. No event of this object can change it.
+	held bool
 }
 
-// compare judges one object against its row, which is nil where there is none. A row that is newer than what was read is not
-// drift: the page is behind, not the mirror.
+// open tells whether there is something to settle.
+func (v *verdict) open() bool { return v.drift != "" || v.defeated || v.held }
+
+// held judges a row that is newer than its object. Times alone are no other content.
+func held(table string, o *object, r *row) verdict {
+	if r.seenAt >= o.readAt.UnixMilli() {
+		return verdict{} // it came after the page
+	}
+	fields := differences(table, o.Raw, r.raw)
+	if !slices.ContainsFunc(fields, func(f Field) bool { return f.Field != "updated_at" }) {
+		return verdict{}
+	}
+	return verdict{held: true, fields: fields}
+}
+
+// compare judges one object against its row, which is nil where there is none. A row that is newer than what was read is no drift that
+// an event could end: the page is behind, or the row is held.
 func compare(table string, o *object, r *row) verdict {
 	switch v := o.version(); {
 	case r == nil:
@@ -69,7 +86,7 @@ func compare(table string, o *object, r *row) verdict {
 	case r.deleted:
 		return verdict{drift: Missing}
 	case v != 0 && r.version > v:
-		return verdict{}
+		return held(table, o, r)
 	case v != 0 && r.version < v:
 		return verdict{drift: Stale, fields: differences(table, o.Raw, r.raw)}
 	}

@@ -26,6 +26,7 @@ type drift struct {
 	drift         Drift
 	fields        []Field
 	defeated      bool
+	held          bool
 	mirrorVersion int64
 	clerkVersion  int64
 	event         event.Event
@@ -52,7 +53,7 @@ var objectNames = map[string]string{
 // driftOf makes the event of a candidate: what Clerk would have sent, with the time of the read as its timestamp. Its id is the same
 // for every run that finds the same.
 func (w *sweep) driftOf(c *candidate) drift {
-	d := drift{id: c.object.ID, drift: c.verdict.drift, fields: c.verdict.fields, defeated: c.verdict.defeated, clerkVersion: c.object.version()}
+	d := drift{id: c.object.ID, drift: c.verdict.drift, fields: c.verdict.fields, defeated: c.verdict.defeated, held: c.verdict.held, clerkVersion: c.object.version()}
 	if c.row != nil && !c.row.deleted {
 		d.mirrorVersion = c.row.version
 	}
@@ -82,6 +83,18 @@ func (w *sweep) driftOf(c *candidate) drift {
 	return d
 }
 
+// heldBack is why no event is published.
+func (d *drift) heldBack() HeldBack {
+	switch {
+	case d.defeated:
+		return HeldByDelete
+	case d.held:
+		return HeldByVersion
+	default:
+		return ""
+	}
+}
+
 // maxLost bounds how many lost events of one drift are passed over. Each was lost with a database of its own.
 const maxLost = 20
 
@@ -89,7 +102,7 @@ const maxLost = 20
 func (w *sweep) publish(ctx context.Context, drifts []drift) error {
 	open := make([]*drift, 0, len(drifts))
 	for i := range drifts {
-		if !drifts[i].defeated {
+		if drifts[i].heldBack() == "" {
 			open = append(open, &drifts[i])
 		}
 	}

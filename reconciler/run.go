@@ -116,13 +116,33 @@ type Progress struct {
 
 // Report is what a run found and did.
 type Report struct {
-	Checked   map[string]int64 `json:"checked"`
-	Absent    []string         `json:"not_enabled,omitempty"` // tables whose feature the instance does without: not compared
-	Drift     Counts           `json:"drift"`
-	Published int64            `json:"published"`
-	Stopped   string           `json:"stopped"`
-	Items     []Item           `json:"items"` // the first 10,000
+	Checked   map[string]int64  `json:"checked"`
+	Absent    []string          `json:"not_enabled,omitempty"` // tables whose feature the instance does without: not compared
+	Failed    map[string]string `json:"failed,omitempty"`      // tables that could not be compared, and why
+	Drift     Counts            `json:"drift"`
+	Published int64             `json:"published"`
+	HeldBack  HeldCounts        `json:"held_back,omitzero"` // of Drift, what no event can end
+	Stopped   string            `json:"stopped"`
+	Items     []Item            `json:"items"` // the first 10,000
 }
+
+// HeldBack is why drift stays: the version rule would drop the event.
+type HeldBack string
+
+// What holds drift back. It ends with the object's next change at Clerk that is newer than the row.
+const (
+	HeldByDelete  HeldBack = "by a newer delete here"
+	HeldByVersion HeldBack = "by a newer version here"
+)
+
+// HeldCounts are numbers of objects by what holds them back.
+type HeldCounts struct {
+	ByDelete  int64 `json:"by_delete"`
+	ByVersion int64 `json:"by_version"`
+}
+
+// Sum is all that is held back.
+func (c HeldCounts) Sum() int64 { return c.ByDelete + c.ByVersion }
 
 // Counts are numbers of objects by class of drift.
 type Counts struct {
@@ -150,12 +170,13 @@ func (c Counts) Sum() int64 { return c.Missing + c.Stale + c.Different + c.Extra
 
 // Item is one object that differs.
 type Item struct {
-	Resource  string  `json:"resource"`
-	ID        string  `json:"id"`
-	Drift     Drift   `json:"drift"`
-	EventType string  `json:"event_type"`         // of the event that was missed
-	EventID   string  `json:"event_id,omitempty"` // of the one that was published in its place
-	Fields    []Field `json:"fields,omitempty"`
+	Resource  string   `json:"resource"`
+	ID        string   `json:"id"`
+	Drift     Drift    `json:"drift"`
+	EventType string   `json:"event_type"`          // of the event that was missed
+	EventID   string   `json:"event_id,omitempty"`  // of the one that was published in its place
+	HeldBack  HeldBack `json:"held_back,omitempty"` // why none was
+	Fields    []Field  `json:"fields,omitempty"`
 }
 
 // state is a run's checkpoint.

@@ -138,6 +138,7 @@ func (w *sweep) run(ctx context.Context) error {
 	if err := w.known(ctx); err != nil {
 		return err
 	}
+	var failures []error // of tables, which are left as they are
 	for _, table := range w.state.Resources {
 		w.table, w.at = table, w.state.of(table)
 		w.queue, w.waiting, w.met, w.rereads = nil, 0, map[string]struct{}{}, 0
@@ -156,17 +157,45 @@ func (w *sweep) run(ctx context.Context) error {
 			err = nil
 		}
 		if err != nil {
-			return fmt.Errorf("sweep %s: %w", table, err)
+			err = fmt.Errorf("sweep %s: %w", table, err)
+		}
+		if ctx.Err() == nil && (errors.Is(err, clerk.ErrUnreadable) || errors.Is(err, clerk.ErrNotFound)) {
+			w.fail(err)
+			failures = append(failures, err)
+			continue
+		}
+		if err != nil {
+			return joined(failures, err)
 		}
 		w.at.Checked, w.at.Matched = w.checked(), w.matched()
 		w.tail.checked, w.tail.matched = 0, 0
 		w.report.Checked[table] = w.at.Checked
 		w.at.Done, w.at.Cursor, w.at.Unmatched = true, "", nil
 		if err := w.checkpoint(ctx); err != nil {
-			return err
+			return joined(failures, err)
 		}
 	}
-	return w.remove(ctx)
+	return joined(failures, w.remove(ctx))
+}
+
+// joined is the errors of tables and that of the run. One alone stays what it is, and a stop goes before all: what failed is in the report.
+func joined(failures []error, err error) error {
+	var stop stopError
+	if len(failures) == 0 || errors.As(err, &stop) {
+		return err
+	}
+	return errors.Join(append(failures, err)...)
+}
+
+// fail notes that a table cannot be compared, for a reason of its own. Nothing of it is deleted, and the others are swept.
+func (w *sweep) fail(err error) {
+	w.at.Gone = nil
+	delete(w.report.Checked, w.table)
+	if w.report.Failed == nil {
+		w.report.Failed = map[string]string{}
+	}
+	w.report.Failed[w.table] = err.Error()
+	w.log.Error("resource not compared", zap.String("resource", w.table), zap.Error(err))
 }
 
 // skip takes a table for done whose feature the instance does without. Its rows stay as they are: an object that nobody can read
@@ -321,9 +350,12 @@ func (w *sweep) head(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	w.at.Watermark = event.Millis(o.UpdatedAt)
+	w.at.Watermark = past(o.UpdatedAt)
 	return nil
 }
+
+// past is a time of Clerk's in ms, or now where that is not yet: a watermark in the future would hide all changes until then.
+func past(at int64) int64 { return min(event.Millis(at), time.Now().UnixMilli()) }
 
 // merged compares in the order of creation.
 func (w *sweep) merged(ctx context.Context) error {
@@ -363,7 +395,7 @@ func (w *sweep) merged(ctx context.Context) error {
 		case r != nil:
 			current.matched++
 		}
-		if v := compare(w.table, o, r); v.drift != "" || v.defeated {
+		if v := compare(w.table, o, r); v.open() {
 			current.candidates = append(current.candidates, &candidate{object: o, row: r, verdict: v})
 		}
 		return nil
@@ -434,7 +466,7 @@ func (w *sweep) page(ctx context.Context, page clerk.Page) error {
 		if r != nil {
 			s.matched++
 		}
-		if v := compare(w.table, read, r); v.drift != "" || v.defeated {
+		if v := compare(w.table, read, r); v.open() {
 			s.candidates = append(s.candidates, &candidate{object: read, row: r, verdict: v})
 		}
 	}
@@ -488,7 +520,7 @@ func (w *sweep) changes(ctx context.Context, since int64) error {
 			return nil
 		}
 		if first {
-			w.at.Watermark, first = event.Millis(page.Objects[0].UpdatedAt), false
+			w.at.Watermark, first = past(page.Objects[0].UpdatedAt), false
 		}
 		oldest := event.Millis(page.Objects[len(page.Objects)-1].UpdatedAt)
 		n := 0
@@ -605,7 +637,7 @@ func (w *sweep) again(ctx context.Context, candidates []*candidate, all bool) ([
 		switch {
 		case c.verdict.defeated, c.changed:
 			ask = append(ask, c)
-		case (all || c.verdict.drift == Different) && clerk.Addressable(w.table) && w.rereads < maxRereads:
+		case c.verdict.held && w.rereads < maxRereads, (all || c.verdict.drift == Different) && clerk.Addressable(w.table) && w.rereads < maxRereads:
 			w.rereads++
 			ask = append(ask, c)
 		}
@@ -642,7 +674,7 @@ func (w *sweep) reread(ctx context.Context, candidates []*candidate) ([]*candida
 			}
 		}
 		c.row, c.verdict = r, compare(w.table, c.object, r)
-		if c.verdict.drift != "" || c.verdict.defeated {
+		if c.verdict.open() {
 			left = append(left, c)
 		}
 	}
@@ -718,8 +750,9 @@ func (w *sweep) extras(ctx context.Context) error {
 			w.at.Gone = append(w.at.Gone, gone{ID: c.object.ID, At: c.object.readAt.UnixMilli()})
 		}
 		if w.lacking > max(min(fewUnlisted, rows/2), rows/100) {
-			w.at.Gone = nil
-			return fmt.Errorf("the list lacks %d objects that exist, of the first that were asked for: %w", w.lacking, clerk.ErrUnreadable)
+			lacking := w.lacking
+			w.restart() // its pages are to be read again
+			return fmt.Errorf("the list lacks %d objects that exist, of the first that were asked for: %w", lacking, clerk.ErrUnreadable)
 		}
 		if int64(len(w.at.Gone)) > limit {
 			return stopError(fmt.Sprintf("%s: at least %d of %d rows are unknown to Clerk, more than the %d that may be deleted unasked: nothing was deleted (a wrong key looks just like that; --force deletes them)",
@@ -822,7 +855,7 @@ func (w *sweep) confirm(ctx context.Context, ids []string) ([]*candidate, error)
 				w.lacking++
 			}
 		}
-		if c.verdict = compare(w.table, c.object, c.row); c.verdict.drift != "" {
+		if c.verdict = compare(w.table, c.object, c.row); c.verdict.open() {
 			there = append(there, c)
 		}
 	}
@@ -859,6 +892,9 @@ func (w *sweep) found(ctx context.Context, candidates []*candidate) error {
 			// It lives at Clerk, and was just read: a delete was announced that did not happen.
 			c.verdict.drift = Missing
 		}
+		if c.verdict.held {
+			c.verdict.drift = Different
+		}
 		drifts = append(drifts, w.driftOf(c))
 	}
 	if len(drifts) == 0 {
@@ -875,7 +911,13 @@ func (w *sweep) found(ctx context.Context, candidates []*candidate) error {
 		if d.defeated {
 			w.at.Defeated++
 		}
-		item := Item{Resource: w.table, ID: d.id, Drift: d.drift, EventType: string(d.event.Type), EventID: d.eventID, Fields: d.fields}
+		item := Item{Resource: w.table, ID: d.id, Drift: d.drift, EventType: string(d.event.Type), EventID: d.eventID, HeldBack: d.heldBack(), Fields: d.fields}
+		switch item.HeldBack {
+		case HeldByDelete:
+			w.report.HeldBack.ByDelete++
+		case HeldByVersion:
+			w.report.HeldBack.ByVersion++
+		}
 		if len(w.report.Items) < maxItems {
 			w.report.Items = append(w.report.Items, item)
 		}
@@ -887,7 +929,7 @@ func (w *sweep) found(ctx context.Context, candidates []*candidate) error {
 		}
 		w.metrics.drift.WithLabelValues(w.table, string(d.drift)).Inc()
 		w.log.Warn("drift found", zap.String("resource", w.table), zap.String("drift", string(d.drift)), zap.String("object_id", d.id),
-			zap.String("event_type", string(d.event.Type)), zap.String("event_id", d.eventID), zap.String("origin", string(w.origin)), zap.Bool("defeated", d.defeated))
+			zap.String("event_type", string(d.event.Type)), zap.String("event_id", d.eventID), zap.String("origin", string(w.origin)), zap.String("held_back", string(item.HeldBack)))
 	}
 	if w.record != nil {
 		return w.record(ctx, drifts)

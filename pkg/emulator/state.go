@@ -98,7 +98,7 @@ func (c *Clerk) keep(name, id string, updated, deleted int64, data []byte) {
 		}
 	}
 	t.changes++
-	o.JSON, o.UpdatedAt, o.DeletedAt = data, max(o.UpdatedAt, updated), deleted
+	o.JSON, o.UpdatedAt, o.DeletedAt = data, cmp.Or(updated, o.UpdatedAt), deleted
 }
 
 func byCreation(o *Object, created int64) int { return cmp.Compare(o.CreatedAt, created) }

@@ -40,8 +40,10 @@ func (c *cli) reconcile() *cobra.Command {
 			"stops, unless --force is given; of a small table 3 rows may go, but no more than half of it, and always one. It stops\n" +
 			"as well when Clerk's count contradicts its pages. A list that lacks objects which Clerk has when asked for them one by one\n" +
 			"fails the run. Invitations to organizations are never deleted: Clerk's lists of them are not whole.\n\n" +
+			"A table that cannot be read fails the run at its end, after the others. What the mirror has newer than Clerk, or deleted\n" +
+			"later, is held back: it is reported, and no event could change it.\n\n" +
 			"A run that was interrupted goes on where it was. One sweep runs at a time; this one waits for another.\n\n" +
-			"Exit code 0: done. 1: it was stopped, or --dry-run found drift. 2: it could not compare.",
+			"Exit code 0: done. 1: it was stopped, or drift is held back, or --dry-run found some. 2: it could not compare.",
 		Example: "  usher reconcile\n  usher reconcile --full --dry-run\n  usher reconcile --full --resource users --output json",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -85,7 +87,7 @@ func (c *cli) runReconcile(ctx context.Context, o reconcileOptions, opts reconci
 	switch {
 	case err != nil:
 		return err
-	case report.Stopped != "", opts.DryRun && report.Drift.Sum() > 0:
+	case report.Stopped != "", opts.DryRun && report.Drift.Sum() > 0, report.HeldBack.Sum() > 0:
 		return errNo
 	}
 	return nil
@@ -177,6 +179,8 @@ func (c *cli) printReport(o output, report *reconciler.Report, dryRun, publishes
 	for _, name := range clerk.Resources() {
 		if slices.Contains(report.Absent, name) {
 			t.row(name, "0 (the instance does without it)")
+		} else if report.Failed[name] != "" {
+			t.row(name, "could not be compared")
 		} else if n, ok := report.Checked[name]; ok {
 			t.row(name, strconv.FormatInt(n, 10))
 		}
@@ -190,6 +194,12 @@ func (c *cli) printReport(o output, report *reconciler.Report, dryRun, publishes
 		_, _ = fmt.Fprintf(w, "; published %d", report.Published)
 	}
 	_, _ = fmt.Fprintln(w)
+	if n := report.HeldBack.ByDelete; n > 0 {
+		_, _ = fmt.Fprintf(w, "%d %s held back by a newer delete here: it comes back with its next change at Clerk\n", n, isOrAre(n))
+	}
+	if n := report.HeldBack.ByVersion; n > 0 {
+		_, _ = fmt.Fprintf(w, "%d %s held back by a newer version here: the version rule takes nothing older; it follows with a change at Clerk that is newer\n", n, isOrAre(n))
+	}
 	if dryRun {
 		_, _ = fmt.Fprintln(w, "Nothing was published: this was a dry run.")
 	}
@@ -205,6 +215,13 @@ func (c *cli) printReport(o output, report *reconciler.Report, dryRun, publishes
 	return nil
 }
 
+func isOrAre(n int64) string {
+	if n == 1 {
+		return "is"
+	}
+	return "are"
+}
+
 // shownItems is how many objects a table lists.
 const shownItems = 50
 
@@ -215,11 +232,15 @@ func printItems(w io.Writer, items []reconciler.Item) error {
 	_, _ = fmt.Fprintln(w)
 	t := newTable(w, "resource", "id", "drift", "field", "mirror", "clerk")
 	for _, item := range items[:min(len(items), shownItems)] {
+		drift := string(item.Drift)
+		if item.HeldBack != "" {
+			drift += " (held back)"
+		}
 		if len(item.Fields) == 0 {
-			t.row(item.Resource, item.ID, string(item.Drift))
+			t.row(item.Resource, item.ID, drift)
 		}
 		for _, f := range item.Fields {
-			t.row(item.Resource, item.ID, string(item.Drift), f.Field, excerpt(f.Mirror), excerpt(f.Clerk))
+			t.row(item.Resource, item.ID, drift, f.Field, excerpt(f.Mirror), excerpt(f.Clerk))
 		}
 	}
 	if err := t.Flush(); err != nil {
