@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sort"
 	"strings"
 	"time"
@@ -20,6 +21,11 @@ type Selection struct {
 	From, Last  uint64   // sequences, both inclusive
 	RunID       string   // names the run: a repetition with the same id publishes nothing twice
 	WithEffects bool
+	// Again makes the run go on where it was broken off: what has failed since it was published, and waits or is dead, is published once
+	// more at once, under an id that has this word added (new for each time that a run goes on). Empty for a run that begins.
+	Again string
+	// Discarded says to take also events that were discarded as dead letters of the handler.
+	Discarded bool
 }
 
 // Subjects are the events that both a handler and a filter such as "clerk.evt.*.user.*.*" want; none where there are none.
@@ -93,14 +99,35 @@ func FirstAt(ctx context.Context, s jetstream.Stream, at time.Time) (uint64, err
 	return first + uint64(n), nil
 }
 
-// Count is how many events a selection has (and those that are stored behind its Last until now). It asks the broker, which
-// knows without reading them.
+// Count is how many events a selection has. It asks the broker, which knows without reading them.
 func Count(ctx context.Context, js jetstream.JetStream, sel Selection) (int, error) {
 	if len(sel.Subjects) == 0 || sel.From > sel.Last {
 		return 0, nil
 	}
+	// The broker knows how many there are from a sequence on. Those behind the last are taken off, and counted on both sides, since more may
+	// come while it is asked.
+	for tries := 1; ; tries++ {
+		before, err := countFrom(ctx, js, sel.Subjects, sel.Last+1)
+		if err != nil {
+			return 0, err
+		}
+		all, err := countFrom(ctx, js, sel.Subjects, sel.From)
+		if err != nil {
+			return 0, err
+		}
+		after, err := countFrom(ctx, js, sel.Subjects, sel.Last+1)
+		if err != nil {
+			return 0, err
+		}
+		if before == after || tries == 5 {
+			return max(0, all-after), nil
+		}
+	}
+}
+
+func countFrom(ctx context.Context, js jetstream.JetStream, subjects []string, seq uint64) (int, error) {
 	consumer, err := js.CreateConsumer(ctx, stream.Events, jetstream.ConsumerConfig{
-		FilterSubjects: sel.Subjects, DeliverPolicy: jetstream.DeliverByStartSequencePolicy, OptStartSeq: max(sel.From, 1),
+		FilterSubjects: subjects, DeliverPolicy: jetstream.DeliverByStartSequencePolicy, OptStartSeq: max(seq, 1),
 		AckPolicy: jetstream.AckNonePolicy, InactiveThreshold: 10 * time.Second, MemoryStorage: true, Replicas: 1,
 	})
 	if err != nil {
@@ -111,9 +138,9 @@ func Count(ctx context.Context, js jetstream.JetStream, sel Selection) (int, err
 	return int(info.NumPending), nil
 }
 
-// EventID is the id of the replay of one event in a run.
-func (s Selection) EventID(seq uint64) string {
-	return fmt.Sprintf("run:%s:%s:%d", s.RunID, s.Handler, seq)
+// id names the replay of one event, which is told from others by its sequence or its own id.
+func (s Selection) id(event any) string {
+	return fmt.Sprintf("run:%s:%s:%v", s.RunID, s.Handler, event)
 }
 
 // Events publishes a selection, in the order of the stream. It holds a window of events in memory, at most [PageBytes] and one event for each
@@ -153,29 +180,62 @@ func (r *Run) Events(ctx context.Context, s jetstream.Stream, sel Selection) err
 	}
 }
 
-// give publishes a window of a selection, knowing what the log said of it before.
+// give publishes what is to be published of a window of a selection.
 func (r *Run) give(ctx context.Context, sel Selection, items []Item) error {
+	err := r.Try(ctx, func(ctx context.Context) error { return r.compare(ctx, sel, items) })
+	if err != nil {
+		return err
+	}
+	items = slices.DeleteFunc(items, func(i Item) bool {
+		switch i.what {
+		case leaveOut:
+			r.progress.LeftOut++
+		case settled:
+			r.progress.Earlier++
+			r.progress.Applied++
+		case publish:
+			return false
+		}
+		return true
+	})
+	stored, err := r.Publish(ctx, items)
+	for _, item := range stored {
+		if item.known {
+			r.watch(item)
+		}
+	}
+	return err
+}
+
+// compare looks the items up in the log and notes what is to be done with each.
+func (r *Run) compare(ctx context.Context, sel Selection, items []Item) error {
 	at := make(map[string]int, len(items))
 	ids := make([]string, len(items))
 	for i, item := range items {
 		at[item.EventID], ids[i] = i, item.EventID
 	}
-	err := r.Try(ctx, func(ctx context.Context) error {
-		rows, err := r.rows(ctx, sel.Handler, ids)
-		for _, row := range rows {
-			items[at[row.EventID]].seen = row.writtenAt()
-		}
-		return err
-	})
+	rows, err := r.rows(ctx, sel.Handler, ids)
 	if err != nil {
 		return err
 	}
-	_, err = r.Publish(ctx, items)
-	return err
+	for _, row := range rows {
+		item := &items[at[row.EventID]]
+		item.seen = row.writtenAt()
+		switch {
+		case row.Status == "discarded" && !sel.Discarded:
+			item.what = leaveOut
+		case sel.Again == "":
+		case row.Status != "processed":
+			item.again(sel.Again)
+		case row.replayID() == item.ID || strings.HasPrefix(row.replayID(), item.ID+":"):
+			item.what = settled
+		}
+	}
+	return nil
 }
 
 func (s Selection) item(msg *jetstream.RawStreamMsg) Item {
-	item := NewItem(s.Handler, s.EventID(msg.Sequence), msg)
+	item := NewItem(s.Handler, s.id(msg.Sequence), msg)
 	item.Message.Header.Del(stream.HeaderReplayEffects) // this run's wish counts, not that of the message
 	if s.WithEffects {
 		item = item.WithEffects()
@@ -244,6 +304,7 @@ func (r *Run) Each(ctx context.Context, s jetstream.Stream, sel Selection, place
 				gone++
 				continue
 			}
+			item.name(sel.id(item.EventID)) // what lies there may be a replay, and another one later
 			items, held = append(items, item), held+len(msg.Data)
 		}
 		if err := r.give(ctx, sel, items); err != nil {

@@ -39,9 +39,33 @@ type Item struct {
 	ID      string // of the replay: the same for every attempt at it, and never that of another
 	Message *nats.Msg
 
+	what  todo
 	seen  time.Time // when the log's row was written, the last time that it was looked at
 	seq   uint64    // once it is stored
 	known bool      // it was stored by somebody else before
+}
+
+// todo is what is to be done with an item of a selection.
+type todo int
+
+const (
+	publish  todo = iota
+	leaveOut      // it was discarded
+	settled       // an earlier part of the run has seen to it
+)
+
+// name gives the item's replay an id.
+func (i *Item) name(id string) {
+	i.ID = id
+	i.Message.Header.Set(stream.HeaderReplayID, id)
+	i.Message.Header.Set(stream.HeaderMsgID, id)
+}
+
+// again makes the item another replay of the same run. A repetition changes nothing.
+func (i *Item) again(word string) {
+	if suffix := ":" + word; !strings.HasSuffix(i.ID, suffix) {
+		i.name(i.ID + suffix)
+	}
 }
 
 // NewItem makes the replay of a stored message (of [stream.Events] or [stream.DeadLetters]).
@@ -60,9 +84,9 @@ func NewItem(handler, id string, stored *jetstream.RawStreamMsg) Item {
 	if first := firstSequence(stored); first != "" {
 		msg.Header.Set(stream.HeaderFirstSequence, first)
 	}
-	msg.Header.Set(stream.HeaderReplayID, id)
-	msg.Header.Set(stream.HeaderMsgID, id)
-	return Item{Handler: handler, EventID: e.ID, ID: id, Message: msg}
+	item := Item{Handler: handler, EventID: e.ID, Message: msg}
+	item.name(id)
+	return item
 }
 
 // firstSequence is where the event itself lies in [stream.Events], or lay: a replay carries it on, a dead letter names the message that failed.
@@ -105,10 +129,11 @@ type Options struct {
 // Progress is how far a run has come.
 type Progress struct {
 	Published int // stored by the broker, by this run and not before
-	Earlier   int // stored by the broker before: by another run with the same ids, or an earlier part of this one
-	Applied   int // of these, known to be applied
-	Failed    int // of these, known to have failed again
-	Open      int // of these, watched and without an outcome
+	Earlier   int // stored by the broker before: by an earlier part of this run, or by another with the same ids
+	LeftOut   int // not published, since they were discarded for the handler
+	Applied   int // of the published and the earlier, known to be applied
+	Failed    int // of these, known to have failed again, since this part of the run began
+	Open      int // of these, watched and without an outcome yet
 }
 
 // Why a run stops before its end. What it published stays published.
@@ -156,6 +181,7 @@ type Run struct {
 	limiter *rate.Limiter
 
 	progress Progress
+	passed   int           // of the applied, those whose outcome was waited for
 	ahead    int           // how many may be open
 	open     map[key]watch // published and without an outcome
 	moved    time.Time     // when the last outcome was seen, or the last event published
@@ -165,9 +191,10 @@ type key struct{ handler, event string }
 
 // watch is what an outcome is known by.
 type watch struct {
-	id   string
-	seq  uint64    // of the message
-	seen time.Time // when the log's row had been written, as it was before the message was published
+	id      string
+	seq     uint64    // of the message
+	earlier bool      // it was published before this part of the run began
+	seen    time.Time // when the log's row had been written, as it was before the message was published
 }
 
 // New prepares a run; it publishes nothing.
@@ -237,7 +264,7 @@ func (r *Run) Publish(ctx context.Context, items []Item) ([]Item, error) {
 
 func (r *Run) watch(item Item) {
 	if r.watching() {
-		r.open[key{item.Handler, item.EventID}] = watch{item.ID, item.seq, item.seen}
+		r.open[key{item.Handler, item.EventID}] = watch{item.ID, item.seq, item.known, item.seen}
 	}
 }
 
@@ -296,7 +323,7 @@ func (r *Run) report() {
 // Wait returns when the next window may be published. The error is ErrFailing or ErrStalled, or about the database or the context.
 func (r *Run) Wait(ctx context.Context) error {
 	return r.await(ctx, func() (bool, error) {
-		known := r.progress.Applied + r.progress.Failed
+		known := r.passed + r.progress.Failed
 		if known >= r.opts.MinSample && float64(r.progress.Failed) > r.opts.StopAt*float64(known) {
 			return true, fmt.Errorf("%w: %d of %d", ErrFailing, r.progress.Failed, known)
 		}
@@ -418,6 +445,7 @@ func (r *Run) look(ctx context.Context) (int, error) {
 				switch r.open[k].outcome(row) {
 				case applied:
 					r.progress.Applied++
+					r.passed++
 					delete(r.open, k)
 				case failed:
 					r.progress.Failed++
@@ -448,7 +476,7 @@ func (w watch) outcome(r row) outcome {
 	mine := r.replayID() == w.id
 	since := mine || !r.writtenAt().Equal(w.seen)
 	switch {
-	case r.Status == "processed" && since:
+	case r.Status == "processed" && (since || w.earlier && r.seq() >= w.seq):
 		return applied
 	case r.Status != "processed" && r.Attempts > 0 && (mine || since && r.seq() > w.seq): // the schedule of its retries may last for hours
 		return failed

@@ -82,7 +82,7 @@ func TestASelectionIsReadInOrderAndOnce(t *testing.T) {
 	}
 	counted, err := replay.Count(t.Context(), js, sel)
 	require.NoError(t, err)
-	assert.Equal(t, 20, counted, "with those behind the last")
+	assert.Equal(t, 18, counted, "without the two behind the last")
 	last := uint64(0)
 	for seq := uint64(n + 1); seq <= n+18; seq++ {
 		msg, err := s.GetMsg(t.Context(), seq)
@@ -263,4 +263,53 @@ func TestARunWhoseConsumerIsGoneSaysSo(t *testing.T) {
 	require.NoError(t, run.Events(t.Context(), s, replay.Selection{Handler: "mirror", Subjects: []string{"clerk.evt.>"}, Last: 1, RunID: "r"}))
 	require.NoError(t, js.DeleteConsumer(t.Context(), stream.Events, "mirror"))
 	require.ErrorIs(t, run.Finish(t.Context()), stream.ErrSetup)
+}
+
+func TestARunThatGoesOnTriesAgainWhatFailed(t *testing.T) {
+	t.Parallel()
+	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {
+		_, js := natstest.New(t).Setup(stream.HandlerSpec{Name: "mirror"})
+		const n = 40
+		s := stored(t, js, n)
+		hour := time.Now().Add(-time.Hour)
+		sel := replay.Selection{Handler: "mirror", Subjects: []string{"clerk.evt.>"}, Last: n - 10, RunID: "r"}
+		first := replay.New(js, db, replay.Options{StopAt: 1})
+		require.NoError(t, first.Events(t.Context(), s, sel)) // all but the last ten, before it was broken off
+		for i := range n {
+			status, id := "processed", fmt.Sprint("run:r:mirror:", i+1)
+			switch {
+			case i < 5: // discarded, at any time
+				status, id = "discarded", ""
+			case i < 15:
+				status = "retrying"
+			case i < 20:
+				status = "dead"
+			case i >= n-10: // not published by the run
+				id = ""
+			case i >= n-15: // another run has applied it since
+				id = fmt.Sprint("run:other:mirror:", i+1)
+			}
+			logged(t, db, fmt.Sprint("msg_", i), status, id, 1, uint64(n+i+1), hour)
+		}
+		sel.Last, sel.Again = n, "a"
+		for _, again := range []string{"a", "b"} {
+			sel.Again = again
+			run := replay.New(js, db, replay.Options{Patience: 200 * time.Millisecond})
+			require.NoError(t, run.Events(t.Context(), s, sel), "old failures do not stop it")
+			require.ErrorIs(t, run.Finish(t.Context()), replay.ErrStalled)
+			want := replay.Progress{Published: 15 + 10, Earlier: 10, LeftOut: 5, Applied: 10, Open: 15 + 10}
+			if again == "b" { // the others wait in the stream
+				want = replay.Progress{Published: 15, Earlier: 20, LeftOut: 5, Applied: 10, Open: 15 + 10}
+			}
+			assert.Equal(t, want, run.Progress(), again)
+			msg, err := s.GetLastMsgForSubject(t.Context(), "clerk.replay.mirror.clerk.user.created.user_5")
+			require.NoError(t, err)
+			assert.Equal(t, "run:r:mirror:6:"+again, msg.Header.Get(stream.HeaderReplayID), "at once, and not when its next attempt is due")
+			assert.Equal(t, "run:r:mirror:6:"+again, msg.Header.Get(stream.HeaderMsgID))
+		}
+		sel.Discarded, sel.Last, sel.Again = true, 5, ""
+		run := replay.New(js, db, replay.Options{StopAt: 1})
+		require.NoError(t, run.Events(t.Context(), s, sel))
+		assert.Equal(t, replay.Progress{Earlier: 5}, run.Progress(), "they are left out no more; the first part had published them")
+	})
 }
