@@ -26,7 +26,8 @@ var volatile = map[string][]string{
 	"waitlist_entries":         {"invitation"},
 }
 
-// Field is one field in which an object differs: what the mirror has and what Clerk has, as JSON.
+// Field is one field in which an object differs: what the mirror has and what Clerk has, as JSON. Where the object is the same and
+// the row's columns are not what it says, it is a column, with its time as RFC 3339.
 type Field struct {
 	Field  string          `json:"field"`
 	Mirror json.RawMessage `json:"mirror"` // null where it has none
@@ -35,10 +36,10 @@ type Field struct {
 
 // differences compares an object with its row, leaving out what is volatile. Null and absent are the same, and so are all
 // spellings of a value. The result is sorted by field; none means the same.
-func differences(table string, object, row []byte) []Field {
+func differences(table string, object []byte, row string) []Field {
 	skip := volatile[table]
-	clean := mirror.Clean(object)
-	if digest(clean, skip) == digest(row, skip) {
+	clean := string(mirror.Clean(object))
+	if clean == row || digest(clean, skip) == digest(row, skip) {
 		return nil
 	}
 	theirs, ours := decode(clean), decode(row)
@@ -66,9 +67,9 @@ var seed = maphash.MakeSeed()
 
 // digest is the same for all spellings of a document: order of keys, white space, escapes. It is only compared within one
 // process. Where two digests differ the documents may still be the same (a name given twice).
-func digest(doc []byte, skip []string) uint64 {
+func digest(doc string, skip []string) uint64 {
 	var sum uint64
-	gjson.ParseBytes(doc).ForEach(func(key, value gjson.Result) bool {
+	gjson.Parse(doc).ForEach(func(key, value gjson.Result) bool {
 		if value.Type != gjson.Null && !slices.Contains(skip, key.Str) {
 			sum += member(key, value)
 		}
@@ -132,8 +133,8 @@ func number(raw string) string {
 	return strconv.FormatFloat(f, 'g', -1, 64)
 }
 
-func decode(doc []byte) map[string]any {
-	dec := json.NewDecoder(bytes.NewReader(doc))
+func decode(doc string) map[string]any {
+	dec := json.NewDecoder(strings.NewReader(doc))
 	dec.UseNumber()
 	var object map[string]any
 	_ = dec.Decode(&object) // what is no object has no fields
@@ -172,7 +173,7 @@ func plain(value any) any {
 
 // essence is the canonical form of an object without what is volatile, for ids that two runs must agree on.
 func essence(table string, object []byte) []byte {
-	fields := decode(mirror.Clean(object))
+	fields := decode(string(mirror.Clean(object)))
 	for _, name := range volatile[table] {
 		delete(fields, name)
 	}

@@ -9,6 +9,7 @@ import (
 
 	"github.com/usherhq/usher/pkg/clerk"
 	"github.com/usherhq/usher/pkg/event"
+	"github.com/usherhq/usher/pkg/mirror"
 )
 
 // Drift is how a row differs from its object. Empty is: it does not.
@@ -18,7 +19,7 @@ type Drift string
 const (
 	Missing   Drift = "missing"   // Clerk has the object, the mirror has no row
 	Stale     Drift = "stale"     // the row is of an older version
-	Different Drift = "different" // the same version, other content
+	Different Drift = "different" // the same version, other content, or columns that do not fit it
 	Extra     Drift = "extra"     // the mirror has a living row, Clerk has no object
 )
 
@@ -46,7 +47,8 @@ type row struct {
 	version int64
 	seenAt  int64
 	deleted bool
-	raw     []byte
+	raw     string
+	columns []mirror.Difference // the columns that do not hold what raw says; none for stubs and tombstones, which are not looked at
 }
 
 // verdict is what a comparison says.
@@ -91,6 +93,11 @@ func compare(table string, o *object, r *row) verdict {
 		return verdict{drift: Stale, fields: differences(table, o.Raw, r.raw)}
 	}
 	fields := differences(table, o.Raw, r.raw)
+	if len(fields) == 0 { // raw is as it should be, so what does not fit it is not
+		for _, c := range r.columns {
+			fields = append(fields, Field{Field: c.Column, Mirror: c.Have, Clerk: c.Want})
+		}
+	}
 	if len(fields) == 0 || r.seenAt >= o.readAt.UnixMilli() {
 		return verdict{}
 	}

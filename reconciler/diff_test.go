@@ -24,19 +24,22 @@ func TestCompare(t *testing.T) {
 		row      *row
 		want     Drift
 		defeated bool
+		held     bool
 	}{
-		"NoRow":                    {1_700_000_000_000, ada, nil, Missing, false},
-		"OlderRow":                 {1_700_000_000_000, ada, &row{version: 1_600_000_000_000, raw: ada}, Stale, false},
-		"Stub":                     {1_700_000_000_000, ada, &row{raw: ada}, Stale, false},
-		"NewerRow":                 {1_700_000_000_000, ada, &row{version: 1_800_000_000_000, raw: eve}, "", false},
-		"Same":                     {1_700_000_000_000, ada, &row{version: 1_700_000_000_000, raw: ada}, "", false},
-		"OnlyVolatile":             {1_700_000_000_000, ada, &row{version: 1_700_000_000_000, raw: `{"last_active_at":9,"first_name":"A\u0064a","id":"user_1","x":null}`}, "", false},
-		"OtherContent":             {1_700_000_000_000, ada, &row{version: 1_700_000_000_000, raw: eve}, Different, false},
-		"OtherContentButSeenLater": {1_700_000_000_000, ada, &row{version: 1_700_000_000_000, seenAt: readAt + 1, raw: eve}, "", false},
-		"SecondsInTheObject":       {1_700_000_000, ada, &row{version: 1_700_000_000_999, raw: ada}, "", false},
-		"NewerTombstone":           {1_700_000_000_000, ada, &row{version: 1_800_000_000_000, deleted: true}, "", true},
-		"OlderTombstone":           {1_700_000_000_000, ada, &row{version: 1_600_000_000_000, deleted: true}, Missing, false},
-		"NoVersion":                {0, ada, &row{version: 1_600_000_000_000, raw: eve}, Different, false},
+		"NoRow":                    {1_700_000_000_000, ada, nil, Missing, false, false},
+		"OlderRow":                 {1_700_000_000_000, ada, &row{version: 1_600_000_000_000, raw: ada}, Stale, false, false},
+		"Stub":                     {1_700_000_000_000, ada, &row{raw: ada}, Stale, false, false},
+		"NewerRow":                 {1_700_000_000_000, ada, &row{version: 1_800_000_000_000, raw: eve}, "", false, true},
+		"NewerRowSeenLater":        {1_700_000_000_000, ada, &row{version: 1_800_000_000_000, seenAt: readAt, raw: eve}, "", false, false},
+		"NewerRowLikeTheObject":    {1_700_000_000_000, ada, &row{version: 1_800_000_000_000, raw: `{"id":"user_1","first_name":"Ada","updated_at":1800000000000}`}, "", false, false},
+		"Same":                     {1_700_000_000_000, ada, &row{version: 1_700_000_000_000, raw: ada}, "", false, false},
+		"OnlyVolatile":             {1_700_000_000_000, ada, &row{version: 1_700_000_000_000, raw: `{"last_active_at":9,"first_name":"A\u0064a","id":"user_1","x":null}`}, "", false, false},
+		"OtherContent":             {1_700_000_000_000, ada, &row{version: 1_700_000_000_000, raw: eve}, Different, false, false},
+		"OtherContentButSeenLater": {1_700_000_000_000, ada, &row{version: 1_700_000_000_000, seenAt: readAt + 1, raw: eve}, "", false, false},
+		"SecondsInTheObject":       {1_700_000_000, ada, &row{version: 1_700_000_000_999, raw: ada}, "", false, false},
+		"NewerTombstone":           {1_700_000_000_000, ada, &row{version: 1_800_000_000_000, deleted: true}, "", true, false},
+		"OlderTombstone":           {1_700_000_000_000, ada, &row{version: 1_600_000_000_000, deleted: true}, Missing, false, false},
+		"NoVersion":                {0, ada, &row{version: 1_600_000_000_000, raw: eve}, Different, false, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -44,6 +47,7 @@ func TestCompare(t *testing.T) {
 			got := compare("users", o, test.row)
 			assert.Equal(t, test.want, got.drift)
 			assert.Equal(t, test.defeated, got.defeated)
+			assert.Equal(t, test.held, got.held)
 		})
 	}
 }

@@ -65,7 +65,7 @@ func (w *sweep) driftOf(c *candidate) drift {
 	case Extra:
 		// The row was there before Clerk said that the object is not: the delete is newer, whatever the clocks say.
 		verb, version, at = "deleted", d.mirrorVersion, max(at, c.row.version+1)
-		name := gjson.GetBytes(c.row.raw, "object").Str
+		name := gjson.Get(c.row.raw, "object").Str
 		if name == "" {
 			name = objectNames[w.table]
 		}

@@ -2,18 +2,17 @@ package reconciler
 
 import (
 	"context"
-	"database/sql"
 	"fmt"
 	"iter"
 	"time"
 
 	"gorm.io/gorm"
+
+	"github.com/usherhq/usher/pkg/mirror"
 )
 
 // rowPage is how many rows are read at once.
 const rowPage = 500
-
-const rowColumns = "id, clerk_created_at, version, seen_at, deleted_at, raw"
 
 // books reads the mirror's rows of one source. Table names come from clerk.Resources only.
 type books struct {
@@ -25,21 +24,19 @@ type books struct {
 // at a time, so that no transaction is held.
 func (b books) livingPages(ctx context.Context, table string, from int64) iter.Seq2[[]row, error] {
 	return func(yield func([]row, error) bool) {
-		at, id := time.UnixMilli(from).UTC(), ""
+		var at any = time.UnixMilli(from).UTC()
+		id := ""
 		for {
-			page, err := b.query(ctx, table, "SELECT "+rowColumns+" FROM "+table+
-				" WHERE deleted_at IS NULL AND source = ? AND (clerk_created_at, id) > (?, ?) ORDER BY clerk_created_at, id LIMIT ?", b.source, at, id, rowPage)
+			page, last, err := b.query(ctx, table, "WHERE deleted_at IS NULL AND source = ? AND (clerk_created_at, id) > (?, ?) ORDER BY clerk_created_at, id LIMIT ?", b.source, at, id, rowPage)
 			if !yield(page, err) || err != nil || len(page) < rowPage {
 				return
 			}
-			last := page[len(page)-1]
-			at, id = time.UnixMilli(last.created).UTC(), last.id
+			at, id = last, page[len(page)-1].id // what the column holds, to the letter: less than that would be read again, and for ever
 		}
 	}
 }
 
-// heads goes through all living rows in the order of their ids, without what is in them; undated, only those without a time of
-// creation, which stubs may lack.
+// heads goes through the ids of all living rows, in their order; undated, only of those without a time of creation, which stubs may lack.
 func (b books) heads(ctx context.Context, table string, undated bool) iter.Seq2[row, error] {
 	where := ""
 	if undated {
@@ -48,21 +45,21 @@ func (b books) heads(ctx context.Context, table string, undated bool) iter.Seq2[
 	return func(yield func(row, error) bool) {
 		after := ""
 		for {
-			page, err := b.query(ctx, table, "SELECT id, clerk_created_at, version, seen_at, deleted_at, '' FROM "+table+
-				" WHERE deleted_at IS NULL AND source = ? AND id > ?"+where+" ORDER BY id LIMIT ?", b.source, after, rowPage)
+			var ids []string
+			err := b.db.WithContext(ctx).Raw("SELECT id FROM "+table+" WHERE deleted_at IS NULL AND source = ? AND id > ?"+where+" ORDER BY id LIMIT ?", b.source, after, rowPage).Scan(&ids).Error
 			if err != nil {
-				yield(row{}, err)
+				yield(row{}, fmt.Errorf("read %s: %w", table, err))
 				return
 			}
-			for _, r := range page {
-				if !yield(r, nil) {
+			for _, id := range ids {
+				if !yield(row{id: id}, nil) {
 					return
 				}
 			}
-			if len(page) < rowPage {
+			if len(ids) < rowPage {
 				return
 			}
-			after = page[len(page)-1].id
+			after = ids[len(ids)-1]
 		}
 	}
 }
@@ -72,7 +69,7 @@ func (b books) byID(ctx context.Context, table string, ids []string) (map[string
 	found := make(map[string]*row, len(ids))
 	for len(ids) > 0 {
 		n := min(len(ids), rowPage)
-		page, err := b.query(ctx, table, "SELECT "+rowColumns+" FROM "+table+" WHERE id IN ?", ids[:n])
+		page, _, err := b.query(ctx, table, "WHERE id IN ?", ids[:n])
 		if err != nil {
 			return nil, err
 		}
@@ -109,29 +106,35 @@ func (b books) count(ctx context.Context, table string) (int64, error) {
 	return n, nil
 }
 
-func (b books) query(ctx context.Context, table, query string, args ...any) ([]row, error) {
-	rows, err := b.db.WithContext(ctx).Raw(query, args...).Rows()
+// query reads the rows that which selects, and holds the columns of each against its raw: what differs is noted, and nothing else of them kept.
+// last is clerk_created_at of the last row, as an argument of the next query.
+func (b books) query(ctx context.Context, table, which string, args ...any) (page []row, last any, err error) {
+	check, err := mirror.NewCheck(b.db, table)
 	if err != nil {
-		return nil, fmt.Errorf("read %s: %w", table, err)
+		return nil, nil, err //nolint:wrapcheck // says what it did
+	}
+	rows, err := b.db.WithContext(ctx).Raw("SELECT id, version, seen_at, deleted_at IS NOT NULL, raw, "+check.Columns()+" FROM "+table+" "+which, args...).Rows()
+	if err != nil {
+		return nil, nil, fmt.Errorf("read %s: %w", table, err)
 	}
 	defer func() { _ = rows.Close() }()
-	var page []row
+	var r row
+	targets := append([]any{&r.id, &r.version, &r.seenAt, &r.deleted, &r.raw}, check.Targets()...)
 	for rows.Next() {
-		var r row
-		var created, deleted sql.NullTime
-		if err := rows.Scan(&r.id, &created, &r.version, &r.seenAt, &deleted, &r.raw); err != nil {
-			return nil, fmt.Errorf("read %s: %w", table, err)
+		if err := rows.Scan(targets...); err != nil {
+			return nil, nil, fmt.Errorf("read %s: %w", table, err)
 		}
-		if created.Valid {
-			r.created = created.Time.UnixMilli()
+		r.created, last = check.CreatedAt()
+		r.columns = nil
+		if r.version > 0 && !r.deleted {
+			r.columns = check.Differences(r.raw)
 		}
-		r.deleted = deleted.Valid
 		page = append(page, r)
 	}
 	if err := rows.Err(); err != nil {
-		return nil, fmt.Errorf("read %s: %w", table, err)
+		return nil, nil, fmt.Errorf("read %s: %w", table, err)
 	}
-	return page, nil
+	return page, last, nil
 }
 
 // settled tells which events the mirror has in one of the states.
