@@ -19,7 +19,10 @@ type Sweeper struct {
 	db *gorm.DB
 	// MinAge is how old a letter must be before it is looked at (2 min): who is at work on a younger one settles it himself.
 	MinAge time.Duration
-	walked time.Time
+
+	walked    time.Time // when all letters were looked at last
+	explained int64     // how many letters more than rows there were then, with nothing to be done about it
+	young     bool      // a letter was not as it should be then, and too young
 }
 
 // NewSweeper returns a Sweeper that has not looked at anything.
@@ -34,11 +37,13 @@ type Swept struct {
 	Deleted int
 }
 
-// fullEvery is how often every letter is looked at even where the numbers agree.
-const fullEvery = 24 * time.Hour
+// fullEvery is how often every letter is looked at even where the numbers agree, differentEvery where they differ by as many as they
+// did when all were looked at last: somebody else's letter in the stream, or a row whose letter has gone.
+const fullEvery, differentEvery = 24 * time.Hour, time.Hour
 
-// Sweep is to be called every minute or so. Where the stream and the index hold the same number of letters it costs one request
-// and one count, and looks at all of them once a day (and the first time).
+// Sweep is to be called every minute or so. Where the stream and the index hold the same number of letters, or differ as they did, it
+// costs one request and one count; it looks at all of them where that difference has changed, and once in a while (and the first
+// time).
 func (s *Sweeper) Sweep(ctx context.Context) (Swept, error) {
 	var swept Swept
 	dlq, err := open(ctx, s.js)
@@ -49,29 +54,37 @@ func (s *Sweeper) Sweep(ctx context.Context) (Swept, error) {
 	if state.Msgs == 0 {
 		return swept, nil
 	}
-	if time.Since(s.walked) < fullEvery {
-		var known int64
-		err := s.db.WithContext(ctx).Table("deliveries").Where("status = 'dead' AND status <> 'processed' AND letter_seq BETWEEN ? AND ?", state.FirstSeq, state.LastSeq).Count(&known).Error
-		if err != nil {
-			return swept, fmt.Errorf("count dead letters: %w", err)
-		}
-		if uint64(known) == state.Msgs {
-			return swept, nil
-		}
+	var known int64
+	err = s.db.WithContext(ctx).Table("deliveries").Where("status = 'dead' AND status <> 'processed' AND letter_seq BETWEEN ? AND ?", state.FirstSeq, state.LastSeq).Count(&known).Error
+	if err != nil {
+		return swept, fmt.Errorf("count dead letters: %w", err)
+	}
+	difference, due := int64(state.Msgs)-known, differentEvery
+	switch {
+	case s.young || difference != s.explained:
+		due = 0
+	case difference == 0:
+		due = fullEvery
 	}
 	started := time.Now()
-	err = s.walk(ctx, dlq, state.LastSeq, &swept)
-	if err == nil {
-		s.walked = started
+	if started.Sub(s.walked) < due {
+		return swept, nil
 	}
-	return swept, err
+	s.young = false
+	if err := s.walk(ctx, dlq, state.LastSeq, &swept); err != nil {
+		s.walked = time.Time{} // again
+		return swept, err
+	}
+	s.walked, s.explained = started, difference-int64(swept.Indexed+swept.Deleted) // which is what the mended ones made of it
+	return swept, nil
 }
 
 // head is a letter without its body.
 type head struct {
 	Record
-	seq uint64
-	at  time.Time
+	seq   uint64
+	at    time.Time
+	young bool
 }
 
 // nextWait is how long a letter may take to come.
@@ -102,9 +115,7 @@ func (s *Sweeper) walk(ctx context.Context, dlq jetstream.Stream, last uint64, s
 			return fmt.Errorf("read dead letters: %w", err)
 		}
 		seq, pending = meta.Sequence.Stream, meta.NumPending
-		if time.Since(meta.Timestamp) >= s.MinAge {
-			heads = append(heads, head{parse(&jetstream.RawStreamMsg{Header: msg.Headers(), Sequence: seq}), seq, meta.Timestamp})
-		}
+		heads = append(heads, head{parse(&jetstream.RawStreamMsg{Header: msg.Headers(), Sequence: seq}), seq, meta.Timestamp, time.Since(meta.Timestamp) < s.MinAge})
 		if len(heads) == page || seq >= last || pending == 0 {
 			if err := s.compare(ctx, dlq, heads, swept); err != nil {
 				return err
@@ -148,10 +159,15 @@ func (s *Sweeper) compare(ctx context.Context, dlq jetstream.Stream, heads []hea
 			rows[handler][k.EventID] = k
 		}
 	}
-	swept.Read += len(heads)
 	for _, h := range heads {
 		row, exists := rows[h.Handler][h.Event.ID]
-		switch judge(h, row, exists) {
+		verdict := judge(h, row, exists)
+		if h.young {
+			s.young = s.young || verdict != right
+			continue
+		}
+		swept.Read++
+		switch verdict {
 		case index:
 			n, err := s.index(ctx, dlq, h, row, exists)
 			if err != nil {
