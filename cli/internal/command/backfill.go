@@ -21,7 +21,7 @@ func (c *cli) backfill() *cobra.Command {
 			"are of a backfill, so nobody gets mail because of them. It may run while webhooks come, and an interrupted one goes on\n" +
 			"where it was. It waits for the worker while that has more than 50,000 events before it. It is `usher reconcile --full`,\n" +
 			"with another origin.\n\n" +
-			"Exit code 0: done. 1: it was stopped. 2: it could not compare.",
+			"Exit code 0: done. 1: it was stopped, or drift is held back. 2: it could not compare.",
 		Example: "  usher backfill\n  usher backfill --resource users --resource organizations",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {

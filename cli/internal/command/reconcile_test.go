@@ -125,6 +125,26 @@ func TestBackfillFillsAnEmptyMirrorAndSaysSoInItsEvents(t *testing.T) {
 	})
 }
 
+// A delete that was announced and did not happen: no event can take it back, and nobody is told that all is well.
+func TestWhatIsHeldBackIsSaidAndIsNoSuccess(t *testing.T) {
+	t.Parallel()
+	r, clerk, _ := clerkRoad(t, "sqlite:"+filepath.Join(t.TempDir(), "usher.db"), emulator.Config{Seed: 6})
+	r.deliver(clerk, 20, emulator.Faults{})
+	var id string
+	require.NoError(t, r.db.Raw("SELECT id FROM users WHERE deleted_at IS NULL ORDER BY id LIMIT 1").Scan(&id).Error)
+	later := time.Now().Add(time.Hour)
+	require.NoError(t, r.db.Exec("UPDATE users SET deleted_at = ?, version = ? WHERE id = ?", later.UTC(), later.UnixMilli(), id).Error)
+	result := r.Run("reconcile", "--full").want(exitNo)
+	assert.Contains(t, result.out, "missing 1, stale 0, different 0, extra 0; published 0")
+	assert.Contains(t, result.out, "1 is held back by a newer delete here: it comes back with its next change at Clerk")
+	assert.Contains(t, result.out, "missing (held back)")
+	report := r.report(exitNo, "reconcile", "--full")
+	assert.EqualValues(t, 1, report.HeldBack.ByDelete)
+	require.Len(t, report.Items, 1)
+	assert.Equal(t, reconciler.HeldByDelete, report.Items[0].HeldBack)
+	r.report(exitNo, "verify")
+}
+
 // What more rows than may be deleted unasked look like to who runs the command, and how to go on.
 func TestManyDeletesNeedForce(t *testing.T) {
 	t.Parallel()
