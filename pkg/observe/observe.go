@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -60,15 +61,30 @@ func NewRegistry() *prometheus.Registry {
 }
 
 // Check tells whether something can do its work now; the error says what is wrong and what to do.
-// It must answer quickly and from memory: an orchestrator asks every few seconds.
+// It should answer quickly and from memory: an orchestrator asks every few seconds. Of one check no more than one call runs at a
+// time.
 type Check func() error
+
+// checkTime bounds an answer about the health: less than the second that an orchestrator waits where nobody has told it otherwise.
+const checkTime = 800 * time.Millisecond
 
 // Health collects the checks of a process. The zero value is ready and healthy; it is safe for
 // concurrent use.
 type Health struct {
 	mu     sync.Mutex
 	names  []string
-	checks map[string]Check
+	checks map[string]*question
+}
+
+// question is a check and its last call.
+type question struct {
+	check Check
+	last  *answer
+}
+
+type answer struct {
+	done chan struct{} // closed when err is there
+	err  error
 }
 
 // Add registers a check; a second one of the same name replaces the first.
@@ -76,25 +92,69 @@ func (h *Health) Add(name string, check Check) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.checks == nil {
-		h.checks = map[string]Check{}
+		h.checks = map[string]*question{}
 	}
 	if _, known := h.checks[name]; !known {
 		h.names = append(h.names, name)
 	}
-	h.checks[name] = check
+	h.checks[name] = &question{check: check}
 }
 
-// Problems runs the checks and returns what fails, by name. None means ready.
+// Problems runs the checks and returns what fails, by name. None means ready. It returns within 800 ms; a check that has not
+// answered by then fails, and is not called again before it has.
 func (h *Health) Problems() map[string]string {
 	h.mu.Lock()
-	defer h.mu.Unlock()
+	names := slices.Clone(h.names)
+	answers := make([]*answer, len(names))
+	for i, name := range names {
+		answers[i] = h.checks[name].ask()
+	}
+	h.mu.Unlock()
+	late := time.NewTimer(checkTime)
+	defer late.Stop()
+	over := false
 	problems := map[string]string{}
-	for _, name := range h.names {
-		if err := h.checks[name](); err != nil {
-			problems[name] = err.Error()
+	for i, a := range answers {
+		if !over {
+			select {
+			case <-a.done:
+			case <-late.C:
+				over = true
+			}
+		}
+		select {
+		case <-a.done:
+			if a.err != nil {
+				problems[names[i]] = a.err.Error()
+			}
+		default:
+			problems[names[i]] = fmt.Sprintf("no answer within %s", checkTime)
 		}
 	}
 	return problems
+}
+
+// ask calls the check, unless a call of it still runs: then its answer is awaited. Health's lock is held.
+func (q *question) ask() *answer {
+	if q.last != nil {
+		select {
+		case <-q.last.done:
+		default:
+			return q.last
+		}
+	}
+	a := &answer{done: make(chan struct{})}
+	q.last = a
+	go func() {
+		defer close(a.done)
+		defer func() {
+			if r := recover(); r != nil {
+				a.err = fmt.Errorf("check panicked: %v", r)
+			}
+		}()
+		a.err = q.check()
+	}()
+	return a
 }
 
 // Ops serves /healthz (the process lives), /readyz (it can do its work) and /metrics.

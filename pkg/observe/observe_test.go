@@ -8,7 +8,10 @@ import (
 	"net/http"
 	"os"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -58,6 +61,43 @@ func get(t *testing.T, url string) (int, string) {
 	body, err := io.ReadAll(res.Body)
 	require.NoError(t, err)
 	return res.StatusCode, string(body)
+}
+
+func TestACheckThatDoesNotAnswerHoldsNobody(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var health observe.Health
+		var calls atomic.Int64
+		release := make(chan struct{})
+		health.Add("stuck", func() error {
+			calls.Add(1)
+			<-release
+			return nil
+		})
+		health.Add("fine", func() error { return nil })
+		health.Add("bad", func() error { return errors.New("away") })
+		health.Add("broken", func() error { panic("oops") })
+		want := map[string]string{"bad": "away", "broken": "check panicked: oops"}
+		var group sync.WaitGroup
+		for range 3 {
+			group.Go(func() {
+				asked := time.Now()
+				problems := health.Problems()
+				assert.Less(t, time.Since(asked), time.Second)
+				assert.Equal(t, "no answer within 800ms", problems["stuck"])
+				delete(problems, "stuck")
+				assert.Equal(t, want, problems)
+			})
+		}
+		group.Wait()
+		health.Problems()
+		assert.EqualValues(t, 1, calls.Load(), "it is not asked again before it has answered")
+		health.Add("another", func() error { return nil })
+		close(release)
+		synctest.Wait()
+		assert.Equal(t, want, health.Problems())
+		assert.EqualValues(t, 2, calls.Load())
+	})
 }
 
 func TestOpsSaysWhatIsReadyAndWhatIsNot(t *testing.T) {
