@@ -117,6 +117,22 @@ func TestSeveralColumnsOfARowAreOneDrift(t *testing.T) {
 	})
 }
 
+// No event can heal it before the user's next change, but nobody says that all is well.
+func TestAColumnOfARowWhoseVersionWasRaisedIsNotClean(t *testing.T) {
+	t.Parallel()
+	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {
+		w := newWorld(t, db, emulator.APIConfig{})
+		w.tell(20, all)
+		require.NoError(t, db.Exec("UPDATE users SET email = 'hacked', version = version + 1000 WHERE id = (SELECT min(id) FROM users WHERE deleted_at IS NULL AND version > 0)").Error)
+		report := w.verify()
+		require.Len(t, report.Items, 1)
+		require.Len(t, report.Items[0].Fields, 1)
+		assert.Equal(t, "email", report.Items[0].Fields[0].Field)
+		assert.EqualValues(t, 1, report.HeldBack.ByVersion)
+		assert.Positive(t, report.Drift.Sum())
+	})
+}
+
 func TestAnIncrementalSweepHealsTheColumnsOfRowsThatItLooksAt(t *testing.T) {
 	t.Parallel()
 	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {

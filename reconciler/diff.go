@@ -51,6 +51,14 @@ type row struct {
 	columns []mirror.Difference // the columns that do not hold what raw says; none for stubs and tombstones, which are not looked at
 }
 
+func (r *row) misfits() []Field {
+	var fields []Field
+	for _, c := range r.columns {
+		fields = append(fields, Field{Field: c.Column, Mirror: c.Have, Clerk: c.Want})
+	}
+	return fields
+}
+
 // verdict is what a comparison says.
 type verdict struct {
 	drift  Drift
@@ -72,9 +80,9 @@ func held(table string, o *object, r *row) verdict {
 	}
 	fields := differences(table, o.Raw, r.raw)
 	if !slices.ContainsFunc(fields, func(f Field) bool { return f.Field != "updated_at" }) {
-		return verdict{}
+		fields = r.misfits()
 	}
-	return verdict{held: true, fields: fields}
+	return verdict{held: len(fields) > 0, fields: fields}
 }
 
 // compare judges one object against its row, which is nil where there is none. A row that is newer than what was read is no drift that
@@ -94,9 +102,7 @@ func compare(table string, o *object, r *row) verdict {
 	}
 	fields := differences(table, o.Raw, r.raw)
 	if len(fields) == 0 { // raw is as it should be, so what does not fit it is not
-		for _, c := range r.columns {
-			fields = append(fields, Field{Field: c.Column, Mirror: c.Have, Clerk: c.Want})
-		}
+		fields = r.misfits()
 	}
 	if len(fields) == 0 || r.seenAt >= o.readAt.UnixMilli() {
 		return verdict{}

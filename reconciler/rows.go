@@ -111,7 +111,7 @@ func (b books) count(ctx context.Context, table string) (int64, error) {
 func (b books) query(ctx context.Context, table, which string, args ...any) (page []row, last any, err error) {
 	check, err := mirror.NewCheck(b.db, table)
 	if err != nil {
-		return nil, nil, err //nolint:wrapcheck // says what it did
+		return nil, nil, err
 	}
 	rows, err := b.db.WithContext(ctx).Raw("SELECT id, version, seen_at, deleted_at IS NOT NULL, raw, "+check.Columns()+" FROM "+table+" "+which, args...).Rows()
 	if err != nil {

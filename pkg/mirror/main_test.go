@@ -140,20 +140,26 @@ var databases = []struct {
 func misfits(t testing.TB, db *gorm.DB) (found []string) {
 	t.Helper()
 	for _, table := range mirror.Tables() {
-		check, err := mirror.NewCheck(db, table.Name)
-		require.NoError(t, err)
-		rows, err := db.Raw("SELECT id, raw, " + check.Columns() + " FROM " + table.Name + " WHERE deleted_at IS NULL AND version > 0 ORDER BY id").Rows()
-		require.NoError(t, err)
-		for rows.Next() {
-			var id, raw string
-			require.NoError(t, rows.Scan(append([]any{&id, &raw}, check.Targets()...)...))
-			for _, d := range check.Differences(raw) {
-				require.True(t, json.Valid(d.Have) && json.Valid(d.Want), "%s %s", d.Have, d.Want)
-				found = append(found, fmt.Sprint(table.Name, " ", id, " ", d.Column, " ", string(d.Have), " ", string(d.Want)))
-			}
-		}
-		require.NoError(t, rows.Err())
-		require.NoError(t, rows.Close())
+		found = append(found, misfitsOf(t, db, table.Name)...)
 	}
+	return found
+}
+
+func misfitsOf(t testing.TB, db *gorm.DB, table string) (found []string) {
+	t.Helper()
+	check, err := mirror.NewCheck(db, table)
+	require.NoError(t, err)
+	rows, err := db.Raw("SELECT id, raw, " + check.Columns() + " FROM " + table + " WHERE deleted_at IS NULL AND version > 0 ORDER BY id").Rows()
+	require.NoError(t, err)
+	defer func() { _ = rows.Close() }()
+	for rows.Next() {
+		var id, raw string
+		require.NoError(t, rows.Scan(append([]any{&id, &raw}, check.Targets()...)...))
+		for _, d := range check.Differences(raw) {
+			require.True(t, json.Valid(d.Have) && json.Valid(d.Want), "%s %s", d.Have, d.Want)
+			found = append(found, fmt.Sprint(table, " ", id, " ", d.Column, " ", string(d.Have), " ", string(d.Want)))
+		}
+	}
+	require.NoError(t, rows.Err())
 	return found
 }

@@ -66,18 +66,19 @@ func read(kind Kind, json gjson.Result) value {
 
 // number reads an integer: 12, 12.0, 1.2e1 and "12" are 12. Of a fraction the integer part counts.
 func number(json gjson.Result) (int64, bool) {
-	switch json.Type {
-	case gjson.Number:
+	if json.Type == gjson.Number {
 		whole, _, _ := strings.Cut(decimal(json.Raw), ".")
 		n, err := strconv.ParseInt(whole, 10, 64)
 		return n, err == nil
-	case gjson.String:
-		if n, err := strconv.ParseInt(json.Str, 10, 64); err == nil {
-			return n, true
-		}
-		if f, err := strconv.ParseFloat(json.Str, 64); err == nil && math.Abs(f) < 1e18 {
-			return int64(f), true
-		}
+	}
+	if json.Type != gjson.String {
+		return 0, false
+	}
+	if n, err := strconv.ParseInt(json.Str, 10, 64); err == nil {
+		return n, true
+	}
+	if f, err := strconv.ParseFloat(json.Str, 64); err == nil && math.Abs(f) < 1e18 {
+		return int64(f), true
 	}
 	return 0, false
 }

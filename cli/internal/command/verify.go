@@ -14,11 +14,11 @@ func (c *cli) verify() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "verify",
 		Short: "Prove that the mirror is what Clerk has, and change nothing",
-		Long: "verify reads every object of Clerk's Backend API and every row, and prints in which fields they differ. What differs\n" +
-			"is looked at again, up to three times with a pause, and what has an event on its way is not drift: a busy minute\n" +
-			"is no failure. What belongs to a feature that is not enabled in the instance, such as organizations, is left out.\n" +
-			"Invitations to organizations that Clerk's lists leave out cannot be checked. A row that is newer than its object and\n" +
-			"has other content is reported as different, and held back: no event could change it.\n\n" +
+		Long: "verify reads every object of Clerk's Backend API and every row, and prints in which fields they differ; the typed\n" +
+			"columns of a row are held against its raw. What differs is looked at again, up to three times with a pause, and what\n" +
+			"has an event on its way is not drift: a busy minute is no failure. What belongs to a feature that is not enabled\n" +
+			"in the instance, such as organizations, is left out. Invitations to organizations that Clerk's lists leave out cannot\n" +
+			"be checked. A row that is newer than its object and has other content is reported as different, and held back: no event could change it.\n\n" +
 			"Exit code 0: the mirror is true. 1: there is drift. 2: it could not check.",
 		Example: "  usher verify\n  usher verify --resource users --output json | jq '.items[]'",
 		Args:    cobra.NoArgs,
