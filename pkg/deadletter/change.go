@@ -63,7 +63,7 @@ func Replay(ctx context.Context, js jetstream.JetStream, db *gorm.DB, f Filter, 
 		return result, err
 	}
 	if err := replay.Ready(ctx, js, handlers...); err != nil {
-		return result, err //nolint:wrapcheck // it names the handler
+		return result, err
 	}
 	o.Progress = func(p replay.Progress) {
 		result.Replayed, result.Applied, result.Failed, result.Open = p.Published, p.Applied, p.Failed, p.Open

@@ -56,6 +56,12 @@ func (b *bulk) check(selected bool) error {
 		return errors.New("--all and a selector: give one of the two")
 	case !b.all && !selected:
 		return errors.New("which ones? Give a selector (see --help), or --all")
+	}
+	return b.checkNumbers()
+}
+
+func (b *bulk) checkNumbers() error {
+	switch {
 	case b.rate < 0:
 		return fmt.Errorf("--rate %g: want a positive number, or 0 for no limit", b.rate)
 	case b.stopAt < 0 || b.stopAt > 100:
@@ -105,6 +111,8 @@ type bulkResult struct {
 	WouldPass *int      `json:"would_pass,omitempty"` // of a dry run that tried
 	Groups    []failing `json:"groups,omitempty"`     // of a dry run: why the others would fail
 	Run       string    `json:"run,omitempty"`        // of a replay of events: for --resume
+	Earlier   int       `json:"earlier"`              // of a replay of events that goes on: replayed before it was broken off; they count as applied
+	LeftOut   int       `json:"left_out"`             // of a replay of events: not replayed, since they were discarded
 }
 
 // failing is a kind of failure in a dry run.
@@ -257,8 +265,14 @@ func replayText(r *bulkResult) []string {
 	}
 	if r.Unsettled > 0 {
 		text += fmt.Sprintf(", %d not settled yet", r.Unsettled)
-	} else if open := r.Replayed - r.Applied - again; open > 0 {
+	} else if open := r.Replayed + r.Earlier - r.Applied - again; open > 0 {
 		text += fmt.Sprintf(", %d not waited for", open)
+	}
+	if r.Earlier > 0 {
+		text += fmt.Sprintf("; %d were replayed before the run was broken off", r.Earlier)
+	}
+	if r.LeftOut > 0 {
+		text += fmt.Sprintf("; %d discarded ones left out", r.LeftOut)
 	}
 	if lost > 0 {
 		text += fmt.Sprintf("; %d not replayed: the body is gone", lost)

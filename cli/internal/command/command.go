@@ -43,11 +43,12 @@ var errNo = errors.New("no")
 type cli struct {
 	env   Env
 	flags map[string]string // settings given as flags, by setting name
+	args  []string          // the command line
 }
 
 // Run runs one command line (without the program's name) and returns its exit code. ctx is done when the user interrupts.
 func Run(ctx context.Context, args []string, env Env) int {
-	c := &cli{env: env, flags: map[string]string{}}
+	c := &cli{env: env, flags: map[string]string{}, args: args}
 	root := c.root()
 	root.SetArgs(args)
 	root.SetIn(env.Stdin)

@@ -391,7 +391,7 @@ func (c *cli) replayLetters(ctx context.Context, l *letterChange) error {
 	_ = bar.Finish()
 	result := &bulkResult{
 		Selected: done.Selected, Replayed: done.Replayed, Applied: done.Applied, Gone: done.Gone, Taken: done.Taken,
-		Failed: done.Gone - done.Taken + done.Failed,
+		Failed:    done.Gone - done.Taken + done.Failed,
 		Unsettled: done.Open, Stopped: detail(ctx, done.Stopped, err),
 	}
 	c.end(ctx, log, result.Replayed, result.Failed, result.Stopped)

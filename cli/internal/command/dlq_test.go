@@ -680,5 +680,5 @@ func TestResultsHaveTheFieldsOfTheContract(t *testing.T) {
 	t.Parallel()
 	text, err := json.Marshal(bulkResult{})
 	require.NoError(t, err)
-	assert.JSONEq(t, `{"selected":0,"replayed":0,"discarded":0,"failed":0,"dry_run":false,"stopped":"","applied":0,"unsettled":0,"gone":0}`, string(text))
+	assert.JSONEq(t, `{"selected":0,"replayed":0,"discarded":0,"failed":0,"dry_run":false,"stopped":"","applied":0,"unsettled":0,"gone":0,"earlier":0,"left_out":0}`, string(text))
 }

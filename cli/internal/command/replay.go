@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -44,7 +45,9 @@ func (c *cli) replay() *cobra.Command {
 			"The mirror applies by its version rule: a row that is missing comes back, and a newer row stays as it is. A row that was changed by\n" +
 			"hand and still carries the event's version is not newer and not older, so it stays as well; `usher verify` finds those. Mails and\n" +
 			"other effects on the outside are not sent again, unless --with-effects.\n\n" +
-			"An interrupted run goes on with --resume RUN and the same selectors: what it published before is not applied twice." + bulkHelp +
+			"Events that were discarded as dead letters of the handler are left out, unless they are named with --event.\n\n" +
+			"A run that stopped, was interrupted or had failures goes on with the same command and --resume RUN; it prints that command line.\n" +
+			"What it had published and is applied is not published twice, and what has failed since is tried again at once." + bulkHelp +
 			"\nExit code 1: some failed, were not settled within --patience, or it stopped.",
 		Example: "  usher replay --since 24h --type 'user.*' --handler mirror\n  usher replay --event msg_2g7np7Hrk0SN6kj5EDMLDaKNL0S\n  usher replay --all --rate 200 --yes",
 		Args:    cobra.NoArgs,
@@ -59,7 +62,7 @@ func (c *cli) replay() *cobra.Command {
 	f.Var(&o.typ, "type", "only events of these types: user.created, 'user.*', '*.deleted'")
 	f.StringVar(&o.handler, "handler", "", "only for this handler (default: every handler)")
 	f.BoolVar(&o.withEffects, "with-effects", false, "let handlers send mails and other effects again")
-	f.StringVar(&o.resume, "resume", "", "go on with this `RUN`")
+	f.StringVar(&o.resume, "resume", "", "go on with this `RUN`, where it began; the rest of the command as it was")
 	o.addFlags(cmd)
 	o.addReplayFlags(cmd)
 	return cmd
@@ -104,12 +107,10 @@ func (o *replayFlags) check() error {
 		return errors.New("--event names events; --since, --from-seq, --user, --source and --type choose among all: give the one or the others")
 	case !o.since.at.IsZero() && o.from > 0:
 		return errors.New("--since and --from-seq: give one of the two")
-	case o.resume != "" && place:
-		return errors.New("--resume: the run knows where it began; leave out --since and --from-seq")
-	case o.resume != "" && o.all: // as it was begun
-		return nil
+	case o.resume != "": // as it was begun
+		return o.checkNumbers()
 	}
-	narrow := place || o.resume != "" || len(o.events) > 0 || o.user != "" || o.source != "" || o.typ.String() != ""
+	narrow := place || len(o.events) > 0 || o.user != "" || o.source != "" || o.typ.String() != ""
 	return o.bulk.check(narrow || o.handler != "" && !o.all) // --all --handler is as good as --handler
 }
 
@@ -153,13 +154,36 @@ func parseRunID(text string) (runID, error) {
 	return runID{from, last, parts[2], parts[3]}, nil
 }
 
+// resumeLine is the command line that goes on with a run: the same one with --resume. Where the run began, its id knows, so that
+// --since and --from-seq do no harm.
+func (c *cli) resumeLine(run string, resumed bool) string {
+	words := []string{"usher"}
+	for _, arg := range c.args {
+		words = append(words, quote(arg))
+	}
+	if !resumed {
+		words = append(words, "--resume", run)
+	}
+	return strings.Join(words, " ")
+}
+
+var plainWord = regexp.MustCompile(`^[A-Za-z0-9_@%+=:,./-]+$`)
+
+// quote writes a word as a shell takes it.
+func quote(word string) string {
+	if plainWord.MatchString(word) {
+		return word
+	}
+	return "'" + strings.ReplaceAll(word, "'", `'\''`) + "'"
+}
+
 func (o *replayFlags) newRunID(ctx context.Context, s jetstream.Stream) (runID, error) {
 	sum := sha256.Sum256([]byte(o.selector()))
 	selectors := hex.EncodeToString(sum[:3])
 	if o.resume != "" {
 		id, err := parseRunID(o.resume)
 		if err == nil && id.selectors != selectors {
-			err = fmt.Errorf("--resume: run %s was begun with other selectors; repeat the command as it was, without --since and --from-seq", o.resume)
+			err = fmt.Errorf("--resume: run %s was begun with other selectors; repeat the command as it was, with --resume", o.resume)
 		}
 		return id, err
 	}
@@ -223,35 +247,51 @@ func (c *cli) replayEvents(ctx context.Context, o *replayFlags) error {
 		}
 		result.Gone *= len(handlers)
 	}
+	again := ""
+	if o.resume != "" {
+		again = strings.ToLower(rand.Text()[:6])
+	}
 	for i, h := range handlers {
 		selections[i] = replay.Selection{
 			Handler: h.Name, Subjects: replay.Subjects(h, o.typ.subject(o.source, o.user)), From: id.from, Last: id.last,
-			RunID: id.String(), WithEffects: o.withEffects,
+			RunID: id.String(), WithEffects: o.withEffects, Again: again, Discarded: len(o.events) > 0,
 		}
-		n := len(places)
+		n, discarded := len(places), 0
 		if len(o.events) == 0 {
 			if n, err = replay.Count(ctx, js, selections[i]); err != nil {
 				return err
 			}
+			if discarded, err = o.discarded(ctx, db, s, h.Name, id); err != nil {
+				return err
+			}
+			discarded = min(discarded, n)
 		}
-		c.say("%s for handler %s selected.", count(n, "event"), h.Name)
+		if discarded == 0 {
+			c.say("%s for handler %s selected.", count(n, "event"), h.Name)
+		} else {
+			c.say("%s for handler %s selected; %d discarded ones are left out.", count(n, "event"), h.Name, discarded)
+		}
 		result.Selected += n
+		result.LeftOut += discarded
 	}
 	result.Failed = result.Gone
 	switch {
 	case result.Selected == 0 || o.dryRun:
 		var text []string
 		if o.dryRun {
-			text = []string{"would replay " + count(result.Selected, "event")}
+			text = []string{"would replay " + count(result.Selected-result.LeftOut, "event")}
+			if result.LeftOut > 0 {
+				text[0] += fmt.Sprintf("; %d discarded ones left out", result.LeftOut)
+			}
 		}
 		if err := c.printResult(o.output, result, text); err != nil {
 			return err
 		}
 		return result.answer()
 	}
-	question := fmt.Sprintf("Replay %s?", count(result.Selected, "event"))
+	question := fmt.Sprintf("Replay %s?", count(result.Selected-result.LeftOut, "event"))
 	if o.withEffects {
-		question = fmt.Sprintf("Replay %s, with mails and other effects?", count(result.Selected, "event"))
+		question = fmt.Sprintf("Replay %s, with mails and other effects?", count(result.Selected-result.LeftOut, "event"))
 	}
 	if err := c.confirm(ctx, &o.bulk, question); err != nil {
 		return err
@@ -264,7 +304,7 @@ func (c *cli) replayEvents(ctx context.Context, o *replayFlags) error {
 	bar := c.progress(result.Selected, "replaying")
 	options := c.replayOptions(&o.bulk)
 	options.Progress = func(p replay.Progress) {
-		_ = bar.Set(p.Published)
+		_ = bar.Set(p.Published + p.Earlier + p.LeftOut)
 		c.note(ctx, log, p.Published, p.Failed)
 	}
 	run := replay.New(js, db, options)
@@ -285,14 +325,15 @@ func (c *cli) replayEvents(ctx context.Context, o *replayFlags) error {
 	}
 	_ = bar.Finish()
 	p := run.Progress()
-	result.Replayed, result.Applied, result.Failed, result.Unsettled = p.Published, p.Applied, p.Failed+result.Gone, p.Open
+	result.Replayed, result.Earlier, result.LeftOut = p.Published, p.Earlier, p.LeftOut
+	result.Applied, result.Failed, result.Unsettled = p.Applied, p.Failed+result.Gone, p.Open
 	if errors.Is(err, replay.ErrFailing) || errors.Is(err, replay.ErrStalled) {
 		result.Stopped, err = err.Error(), nil
 	}
 	result.Stopped = detail(ctx, result.Stopped, err)
 	c.end(ctx, log, result.Replayed, result.Failed, result.Stopped)
-	if result.Stopped != "" {
-		c.say("To go on: the same command with --resume %s (without --since and --from-seq)", result.Run)
+	if result.Stopped != "" || p.Failed > 0 { // those are tried again
+		c.say("To go on:\n  %s", c.resumeLine(result.Run, o.resume != ""))
 	}
 	if printErr := c.printResult(o.output, result, replayText(result)); printErr != nil && err == nil {
 		err = printErr
@@ -313,4 +354,32 @@ func findPlaces(ctx context.Context, db *gorm.DB, ids []string) (places []replay
 		return nil, 0, fmt.Errorf("find events: %w", err)
 	}
 	return places, len(ids) - len(places), nil
+}
+
+// discarded is how many events of a selection were discarded as dead letters of a handler, by the delivery log, which does not know the
+// place of an event that was replayed before but its time. The run itself looks at each event.
+func (o *replayFlags) discarded(ctx context.Context, db *gorm.DB, s jetstream.Stream, handler string, id runID) (int, error) {
+	q := o.typ.where(db.WithContext(ctx).Table("deliveries")).
+		Where("handler = ? AND status = 'discarded' AND status <> 'processed' AND stream_seq >= ? AND (stream_seq <= ? OR origin = 'replay')", handler, id.from, id.last)
+	if o.user != "" {
+		q = q.Where("user_id = ?", o.user)
+	}
+	if o.source != "" {
+		q = q.Where("source = ?", o.source)
+	}
+	if id.from > max(s.CachedInfo().State.FirstSeq, 1) {
+		first, err := s.GetMsg(ctx, id.from, jetstream.WithGetMsgSubject(">"))
+		switch {
+		case errors.Is(err, jetstream.ErrMsgNotFound):
+			return 0, nil
+		case err != nil:
+			return 0, fmt.Errorf("read event %d: %w", id.from, replay.Explain(err))
+		}
+		q = q.Where("received_at >= ?", first.Time.Add(-stream.PublishTimeout).UTC())
+	}
+	var n int64
+	if err := q.Count(&n).Error; err != nil {
+		return 0, fmt.Errorf("count discarded events: %w", err)
+	}
+	return int(n), nil
 }

@@ -2,7 +2,11 @@ package command
 
 import (
 	"bytes"
+	"fmt"
 	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -220,5 +224,115 @@ func TestReplaysOfTheSameLettersCountEachOnce(t *testing.T) {
 		assert.Equal(t, n, affected)
 		y.appliedOnce(n)
 		assert.Zero(t, y.letters())
+	})
+}
+
+// paste runs the command line that a run has printed, as a shell does.
+func (p program) paste(stderr string, more ...string) result {
+	p.t.Helper()
+	_, line, found := strings.Cut(stderr, "To go on:\n")
+	require.True(p.t, found, stderr)
+	line, _, _ = strings.Cut(line, "\n")
+	cmd := exec.Command("sh", "-c", line+" "+strings.Join(more, " "))
+	var out, err bytes.Buffer
+	cmd.Env, cmd.Stdout, cmd.Stderr = append(slices.Clone(p.env), "PATH="+filepath.Dir(p.path)), &out, &err
+	cmd.Path = "/bin/sh"
+	_ = cmd.Run()
+	return result{p.t, cmd.ProcessState.ExitCode(), out.String(), err.String()}
+}
+
+func TestReplayThatStoppedGoesOnOnceTheCauseIsMended(t *testing.T) {
+	t.Parallel()
+	built := newHarness(t).build().path
+	for _, attempts := range []int{1, 10} { // what failed is dead, or waits for ten minutes
+		t.Run(fmt.Sprint(attempts), func(t *testing.T) {
+			t.Parallel()
+			eachDatabase(t, func(t *testing.T, url string) {
+				const good, bad = 100, 300
+				const n = good + bad
+				y := newYard(t, url)
+				y.work(worker.Config{Attempts: attempts, RetryInitial: 10 * time.Minute})
+				y.publish(append(names("good", good), names("bad", bad)...)...)
+				y.wait("mirror", "processed", n)
+				require.NoError(t, y.db.Exec("DELETE FROM users").Error)
+				repair := y.broken("bad")
+				first := y.Run("replay", "--type", "user.*", "--since", "1h", "--actor", "it's me", "--yes", "-o", "json").want(exitNo)
+				stopped := into[bulkResult](first)
+				assert.Contains(t, stopped.Stopped, "too many fail again")
+				y.publish("later") // which is not the run's
+				y.wait("mirror", "processed", y.count("deliveries", "status = 'processed'"))
+				y.quietBut("mirror")
+				applied := y.count("deliveries", "origin = 'replay' AND status = 'processed'")
+				repair()
+
+				usher := program{y.harness, built}
+				begin := time.Now()
+				second := usher.paste(first.err).want(exitOK)
+				assert.Less(t, time.Since(begin), 30*time.Second, "nothing waits for its next attempt")
+				assert.Contains(t, second.err, "400 events for handler mirror selected.")
+				done := into[bulkResult](second)
+				assert.Equal(t, bulkResult{Selected: n, Replayed: n - applied, Applied: n, Earlier: applied, Run: stopped.Run}, done)
+				assert.Equal(t, n+1, y.count("users", "true"))
+				rows := y.audits()
+				require.Len(t, rows, 2)
+				assert.Equal(t, stopped.Replayed, rows[0].Affected)
+				assert.Equal(t, n-applied, rows[1].Affected, "what it did itself")
+				assert.Equal(t, 2, y.count("audit_log", "actor = ?", "it's me"))
+
+				third := usher.paste(first.err, "-o", "table").want(exitOK)
+				assert.Equal(t, "replayed 0 of 400: 400 applied; 400 were replayed before the run was broken off\n", third.out)
+			})
+		})
+	}
+}
+
+// quietBut waits until the handler has nothing to do but what waits for its next attempt.
+func (y *yard) quietBut(handler string) {
+	y.t.Helper()
+	y.until("quiet", func() bool {
+		c, err := y.js.Consumer(y.t.Context(), stream.Events, handler)
+		waiting := y.count("deliveries", "handler = ? AND status = 'retrying'", handler)
+		return err == nil && c.CachedInfo().NumPending == 0 && c.CachedInfo().NumAckPending <= waiting
+	})
+}
+
+func TestReplayHintIsTheSameCommand(t *testing.T) {
+	t.Parallel()
+	c := &cli{args: []string{"replay", "--type", "user.*", "--actor=it's me", "--since", "24h"}}
+	assert.Equal(t, `usher replay --type 'user.*' '--actor=it'\''s me' --since 24h --resume 1-2-x-y`, c.resumeLine("1-2-x-y", false))
+	c.args = append(c.args, "--resume", "1-2-x-y")
+	assert.Equal(t, `usher replay --type 'user.*' '--actor=it'\''s me' --since 24h --resume 1-2-x-y`, c.resumeLine("1-2-x-y", true))
+}
+
+func TestReplayLeavesOutWhatWasDiscarded(t *testing.T) {
+	t.Parallel()
+	eachDatabase(t, func(t *testing.T, url string) {
+		y := newYard(t, url)
+		y.work(worker.Config{Attempts: 1})
+		y.broken("bad")
+		y.publish(append(names("good", 10), names("bad", 8)...)...)
+		y.wait("mirror", "dead", 8)
+		y.wait("mirror", "processed", 10)
+		y.Run("dlq", "replay", "msg_bad000", "--yes").want(exitNo) // its row names the replay
+		y.wait("mirror", "dead", 8)
+		y.Run("dlq", "discard", "--all", "--yes").want(exitOK)
+
+		dry := y.Run("replay", "--all", "--dry-run").want(exitOK)
+		assert.Equal(t, "would replay 10 events; 8 discarded ones left out\n", dry.out)
+		assert.Contains(t, dry.err, "18 events for handler mirror selected; 8 discarded ones are left out.")
+		assert.Equal(t, bulkResult{Selected: 18, LeftOut: 8, DryRun: true}, into[bulkResult](y.Run("replay", "--all", "--dry-run", "-o", "json").want(exitOK)))
+		assert.Equal(t, 7, into[bulkResult](y.Run("replay", "--from-seq", "12", "--dry-run", "-o", "json").want(exitOK)).LeftOut)
+		assert.Zero(t, into[bulkResult](y.Run("replay", "--user", "user_good003", "--dry-run", "-o", "json").want(exitOK)).LeftOut)
+		assert.Contains(t, y.Run("replay", "--help").out, "discarded")
+
+		all := into[bulkResult](y.Run("replay", "--all", "--yes", "-o", "json").want(exitOK))
+		assert.Equal(t, bulkResult{Selected: 18, Replayed: 10, Applied: 10, LeftOut: 8, Run: all.Run}, all)
+		assert.Contains(t, y.Run("replay", "--type", "user.*", "--yes").want(exitOK).out, "replayed 10 of 18: 10 applied; 8 discarded ones left out")
+		assert.Equal(t, 8, y.count("deliveries", "status = 'discarded'"))
+		assert.Zero(t, y.letters())
+
+		one := into[bulkResult](y.Run("replay", "--event", "msg_bad001", "--yes", "-o", "json").want(exitNo))
+		assert.Equal(t, 1, one.Replayed, "named, it is meant")
+		y.wait("mirror", "dead", 1)
 	})
 }
