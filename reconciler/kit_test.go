@@ -88,7 +88,7 @@ func (w *world) build(api reconciler.API, log *zap.Logger, change ...func(*recon
 	w.t.Helper()
 	publisher := stream.NewPublisher(w.js, 1)
 	w.t.Cleanup(publisher.Close)
-	cfg := reconciler.SweepConfig{Source: "clerk", Pause: 20 * time.Millisecond, LeaseTTL: 2 * time.Second}
+	cfg := reconciler.SweepConfig{Source: "clerk", Pause: 20 * time.Millisecond}
 	for _, f := range change {
 		f(&cfg)
 	}

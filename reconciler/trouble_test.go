@@ -63,14 +63,18 @@ func TestTroubleHalfWayThroughASweepCostsTimeOnly(t *testing.T) {
 		"Limited":        {[]emulator.Mood{emulator.Limited, emulator.LimitedText, emulator.LimitedDate, emulator.LimitedBare}, 2 * time.Second},
 		"Broken":         {[]emulator.Mood{emulator.BadGateway, emulator.BadGateway, emulator.Cut, emulator.Unavailable}, 0},
 		"Slow":           {[]emulator.Mood{emulator.Slow, emulator.Slow}, 1200 * time.Millisecond},
-		"PastTheTimeOut": {[]emulator.Mood{emulator.Slow, emulator.Slow}, 600 * time.Millisecond},
+		"PastTheTimeOut": {[]emulator.Mood{emulator.Slow}, 1500 * time.Millisecond},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			w, before, removed := drifted(t, each)
 			var pages, asked atomic.Int64
+			delay := 600 * time.Millisecond
+			if name == "PastTheTimeOut" {
+				delay = 3 * time.Second // so that a busy machine is not past it too
+			}
 			var api *emulator.API
-			api = w.clerk.API(emulator.APIConfig{Key: key, Delay: 600 * time.Millisecond, Hook: func(r *http.Request) {
+			api = w.clerk.API(emulator.APIConfig{Key: key, Delay: delay, Hook: func(r *http.Request) {
 				switch _, id, _ := strings.Cut(r.URL.Path, "/v1/users/"); {
 				case isUsersPage(r) && pages.Add(1) == 2: // half of the pages
 					api.Next(test.moods...)
@@ -82,7 +86,7 @@ func TestTroubleHalfWayThroughASweepCostsTimeOnly(t *testing.T) {
 			t.Cleanup(server.Close)
 			cfg := clerk.Config{BaseURL: server.URL + "/v1", SecretKey: key, Quota: -1, HTTPClient: &http.Client{Transport: &http.Transport{}, Timeout: 20 * time.Second}}
 			if name == "PastTheTimeOut" {
-				cfg.HTTPClient.Timeout = 300 * time.Millisecond
+				cfg.HTTPClient.Timeout = delay / 2
 			}
 			client, err := clerk.New(cfg)
 			require.NoError(t, err)
