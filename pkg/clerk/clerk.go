@@ -303,22 +303,6 @@ func (c *Client) Newest(ctx context.Context, resource string) ([]Object, error) 
 	return page.objects, nil
 }
 
-// Users reads up to 100 users by their ids in one request. Those that Clerk does not know are left out, which
-// proves nothing: ask [Client.Get].
-func (c *Client) Users(ctx context.Context, ids []string) ([]Object, error) {
-	if len(ids) == 0 {
-		return nil, nil
-	}
-	if len(ids) > maxFilter {
-		return nil, fmt.Errorf("read users: %d ids, at most %d go into one request: %w", len(ids), maxFilter, ErrUnreadable)
-	}
-	page, err := c.list(ctx, "/users", url.Values{"user_id": ids}, -1, maxFilter)
-	if err != nil {
-		return nil, fmt.Errorf("read users: %w", err)
-	}
-	return page.objects, nil
-}
-
 // Sessions reads the sessions of a user that Clerk still has. Old ones are cleaned up: absence is not deletion.
 func (c *Client) Sessions(ctx context.Context, userID string) ([]Object, error) {
 	objects, err := c.all(ctx, "/sessions", url.Values{"user_id": {userID}, "paginated": {"true"}})

@@ -20,7 +20,6 @@ import (
 const (
 	pageLimit    = 500 // Clerk's largest; above it, it has been seen to fall back to its default
 	defaultLimit = 10  // Clerk's, where it did not understand ours
-	maxFilter    = 100 // values of a filter
 	// overlap is how many objects of the page before are read again with an offset: the sign that nothing slipped between.
 	overlap = 20
 	// memory is how many objects are remembered to tell repeats in a sorted list; those before them are told by the order.

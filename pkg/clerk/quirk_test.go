@@ -495,23 +495,6 @@ func TestAnUnsortedAnswerToASortedQuestionIsAnError(t *testing.T) {
 	})
 }
 
-func TestUsersAreReadAHundredAtATime(t *testing.T) {
-	t.Parallel()
-	story := told(150)
-	ids := alive(story, "users")
-	api := story.API(emulator.APIConfig{})
-	c := near(t, api)
-	got, err := c.Users(t.Context(), append([]string{"user_unknown"}, ids[:99]...))
-	require.NoError(t, err)
-	require.Len(t, got, 99)
-	require.Equal(t, 1, api.Requests())
-	_, err = c.Users(t.Context(), ids[:101])
-	isOnly(t, err, clerk.ErrUnreadable)
-	none, err := c.Users(t.Context(), nil)
-	require.NoError(t, err)
-	require.Empty(t, none)
-}
-
 func TestSessionsOfAUser(t *testing.T) {
 	t.Parallel()
 	story := told(40)
