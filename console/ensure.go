@@ -72,7 +72,7 @@ func newEnsurer(sources []clerk.Source, deps Deps, log *zap.Logger) (*ensurer, e
 	}
 	e.base, e.close = context.WithCancel(context.Background())
 	for _, s := range sources {
-		client, err := s.Client(clerk.Config{Share: ensureShare, Log: log})
+		client, err := s.Client(clerk.Config{Share: ensureShare, Log: log, Registerer: deps.Registerer})
 		if err != nil {
 			return nil, err
 		}

@@ -13,13 +13,13 @@ import (
 	"testing"
 	"time"
 
-	"github.com/nats-io/nats.go/jetstream"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
+	"golang.org/x/sync/errgroup"
 	"gorm.io/gorm"
 
 	"github.com/usherhq/usher/pkg/clerk"
@@ -291,20 +291,18 @@ func TestBacklogIsNoSilence(t *testing.T) {
 	_, _, stop := w.watcher(soon)
 	stop()
 	id, events := w.clerk.SignUp()
-	var acks []jetstream.PubAckFuture
+	publisher := stream.NewPublisher(w.js, 1)
+	t.Cleanup(publisher.Close)
+	var group errgroup.Group
+	group.SetLimit(500)
 	for i := range 21_000 {
-		e := event.Event{ID: fmt.Sprintf("rec_%d", i), Type: "user.updated", Source: "clerk", Origin: event.OriginReconcile, Raw: []byte("{}"), Object: event.Object{ID: id}}
-		ack, err := w.js.PublishMsgAsync(stream.Message(&e))
-		require.NoError(t, err)
-		acks = append(acks, ack)
+		group.Go(func() error {
+			e := event.Event{ID: fmt.Sprintf("rec_%d", i), Type: "user.updated", Source: "clerk", Origin: event.OriginReconcile, Raw: []byte("{}"), Object: event.Object{ID: id}}
+			_, err := publisher.Publish(t.Context(), &e)
+			return err
+		})
 	}
-	for _, ack := range acks {
-		select {
-		case <-ack.Ok():
-		case err := <-ack.Err():
-			require.NoError(t, err)
-		}
-	}
+	require.NoError(t, group.Wait())
 	for _, e := range events {
 		publishWebhook(t, w, e)
 	}

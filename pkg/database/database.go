@@ -29,16 +29,23 @@ var (
 	ErrNewer       = errors.New("database is newer than this program")
 )
 
-// connectTimeout bounds how long Open waits for an answer.
-const connectTimeout = 5 * time.Second
+// How long Open waits for an answer. A file answers at once, unless somebody writes to it or the disk is busy.
+const (
+	connectTimeout = 5 * time.Second
+	fileTimeout    = 30 * time.Second
+)
 
-// Open connects to the database that url names and asks it for a sign of life, at most 5 s long. schema is the
+// Open connects to the database that url names and asks it for a sign of life, at most 5 s long (SQLite: 30 s). schema is the
 // PostgreSQL schema of all tables (the search_path of every connection; it need not exist yet); SQLite ignores it.
 // The result is safe for concurrent use and is closed by [Close].
 func Open(ctx context.Context, url, schema string) (*gorm.DB, error) {
-	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
-	defer cancel()
 	scheme, rest, _ := strings.Cut(url, ":")
+	limit := connectTimeout
+	if scheme == "sqlite" {
+		limit = fileTimeout
+	}
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
 	switch scheme {
 	case "postgres", "postgresql":
 		return openPostgres(ctx, url, schema)
