@@ -29,8 +29,9 @@ func TestTheServiceKeepsToItsShareOfTheQuota(t *testing.T) {
 		most, differs int
 		silence       time.Duration
 	}
-	// A second of it; the one more is what comes late to one second and early to the next.
-	instances := map[string]instance{"shortened": {"sk_live_share", 100, 4000, time.Second, 20 + 1, 20, 500 * time.Millisecond}}
+	// A second of it. The more is what a busy machine holds up for a quarter of a second and lets go at once: in ten seconds it does not
+	// show. Without a limit there would be a hundred.
+	instances := map[string]instance{"shortened": {"sk_live_share", 100, 4000, time.Second, 20 + 5, 20, 500 * time.Millisecond}}
 	if os.Getenv("USHER_TEST_LIMITS") != "" {
 		instances = map[string]instance{
 			"production":  {"sk_live_share", 1000, 100_000, 10 * time.Second, 200, 190, 5 * time.Second},
