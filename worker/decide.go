@@ -24,7 +24,7 @@ const (
 	retry                    // its own error: again after a delay
 	deadLetter               // its own error, and no attempt is left or would help
 	giveBack                 // the worker stops: somebody else's now
-	pause                    // an outage: nobody's error, wait until it is over
+	pause                    // an outage: nobody's error, wait until it is over; where the database takes other events, this one alone
 )
 
 // decide gives the verdict on one event after attempt number attempt (from 1) of at most limit. It is pure, so
@@ -55,6 +55,12 @@ func isOutage(err error) bool {
 	default:
 		return database.IsInfrastructure(err)
 	}
+}
+
+// isStatement tells whether an outage is what the database said of one statement, on a connection that goes on: it may be
+// that of one event. Two transactions in each other's way are everybody's.
+func isStatement(err error) bool {
+	return isOutage(err) && database.IsStatement(err) && !isConflict(err)
 }
 
 // isConflict tells whether err is that of two transactions in each other's way.

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unicode/utf8"
 
@@ -30,6 +31,8 @@ import (
 type loop struct {
 	broker  trouble // of the subscription
 	outage  outage
+	passed  atomic.Uint64 // transactions that applied something
+	asides  asides
 	calls   calls
 	pace    pace
 	cfg     Config
@@ -46,6 +49,7 @@ type delivery struct {
 	msg   jetstream.Msg
 	event event.Event
 	known inbox.Known // what the log said before this attempt
+	aside bool        // it is worked on by itself, beside the lanes
 }
 
 // failure is one event that failed for its own reason.
@@ -63,7 +67,8 @@ type work struct {
 func newLoop(w *Worker, h Handler) *loop {
 	return &loop{
 		cfg: w.cfg, handler: h, js: w.deps.JetStream, db: w.deps.DB, inbox: inbox.New(h.Name()), metrics: w.metrics,
-		log: w.deps.Log.With(zap.String("service", "worker"), zap.String("handler", h.Name())),
+		log:    w.deps.Log.With(zap.String("service", "worker"), zap.String("handler", h.Name())),
+		asides: asides{free: make(chan struct{}, 1)},
 	}
 }
 
@@ -144,6 +149,7 @@ func (l *loop) consume(ctx context.Context) error {
 	}
 	close(left)
 	slow.Wait()
+	l.asides.running.Wait()
 	err = <-pumped
 	if ctx.Err() != nil {
 		return nil
@@ -369,12 +375,19 @@ func storable(e *event.Event) {
 	e.Type, e.Origin, e.FirstOrigin = event.Type(typ), event.Origin(origin), event.Origin(first)
 }
 
-// apply applies a batch in one transaction and settles every event of it. A batch that fails for an event's own
-// reason is taken apart: by the slow lane where it has room, else here. An outage is waited out with the batch in
-// hand.
+// A batch may take batchLimit where the database is quick, and an event that is told apart from others eventLimit: what
+// takes longer is worked on beside the lanes, with all of its HandleTimeout, and holds up nobody else.
+const batchLimit, eventLimit = 5 * time.Second, time.Second
+
+// apply applies a batch in one transaction and settles every event of it. A batch that fails because of single events is
+// taken apart: by the slow lane where it has room, else here. An outage is waited out with the batch in hand.
 func (l *loop) apply(ctx context.Context, batch []*delivery, left chan<- work) {
+	limit := l.cfg.HandleTimeout
+	if len(batch) > 1 {
+		limit = min(limit, batchLimit)
+	}
 	for len(batch) > 0 {
-		err := l.attempt(ctx, batch)
+		err := l.attempt(ctx, batch, limit)
 		switch {
 		case err == nil:
 			return
@@ -383,13 +396,16 @@ func (l *loop) apply(ctx context.Context, batch []*delivery, left chan<- work) {
 		case ctx.Err() != nil:
 			l.giveBackAll(batch)
 			return
-		case l.isOutage(ctx, err):
+		case limit < l.cfg.HandleTimeout && (errors.Is(err, errSlow) || errors.Is(err, errTimeout) && l.slowDatabase(ctx)):
+			limit = l.cfg.HandleTimeout
+			continue
+		case l.isOutage(ctx, err) && !isStatement(err):
 			if !l.waitOut(ctx, err) {
 				l.giveBackAll(batch)
 				return
 			}
 			continue
-		case len(batch) > 1:
+		case len(batch) > 1 || isStatement(err):
 			select {
 			case left <- work{batch: batch}:
 			default:
@@ -403,15 +419,53 @@ func (l *loop) apply(ctx context.Context, batch []*delivery, left chan<- work) {
 	}
 }
 
+// slowDatabase tells whether the database takes long for next to nothing: then a batch did not take long because of one event.
+func (l *loop) slowDatabase(ctx context.Context) bool {
+	start := time.Now()
+	return l.probe(ctx) != nil || time.Since(start) > 100*time.Millisecond
+}
+
+// asides are the events that are worked on beside the lanes, one at a time.
+type asides struct {
+	free    chan struct{}
+	running sync.WaitGroup
+}
+
+// putAside works on an event that takes long, with all of its time. One that finds the place taken comes again.
+func (l *loop) putAside(ctx context.Context, d *delivery) {
+	if ctx.Err() != nil {
+		l.giveBack(d.msg)
+		return
+	}
+	select {
+	case l.asides.free <- struct{}{}:
+	default:
+		l.nak(d.msg, l.cfg.HandleTimeout/2)
+		return
+	}
+	d.aside = true
+	l.asides.running.Go(func() {
+		defer func() { <-l.asides.free }()
+		l.apply(ctx, []*delivery{d}, nil)
+	})
+}
+
 // chunkSize is how many events share the transaction in which they are told apart. PostgreSQL keeps up to 64
 // subtransactions a session where everybody finds them cheaply.
 const chunkSize = 64
 
 // takeApart applies a batch that failed, so that only the events that fail by themselves stay behind.
 func (l *loop) takeApart(ctx context.Context, batch []*delivery) {
+	passed := l.passed.Load()
+	var slow []*delivery
+	defer func() {
+		for _, d := range slow { // after the others: SQLite has one writer
+			l.putAside(ctx, d)
+		}
+	}()
 	for len(batch) > 0 {
 		chunk := batch[:min(chunkSize, len(batch))]
-		done, err := l.isolate(ctx, chunk)
+		done, err := l.isolate(ctx, chunk, passed)
 		var late *lateError
 		switch {
 		case err == nil:
@@ -426,7 +480,11 @@ func (l *loop) takeApart(ctx context.Context, batch []*delivery) {
 				return
 			}
 		case errors.As(err, &late):
-			l.failAll(ctx, []failure{{late.delivery, err}})
+			if late.limit < l.cfg.HandleTimeout {
+				slow = append(slow, late.delivery)
+			} else {
+				l.failAll(ctx, []failure{{late.delivery, err}})
+			}
 			batch = slices.DeleteFunc(slices.Clone(batch), func(d *delivery) bool { return d == late.delivery })
 		default: // the transaction itself failed: each in one of its own
 			for i := range chunk {
@@ -440,17 +498,25 @@ func (l *loop) takeApart(ctx context.Context, batch []*delivery) {
 // isolate applies events one after the other in one transaction, each behind a savepoint, and settles those that
 // it came to, from the first on: so many are done. A commit for all of them and one round trip for
 // a failure are what makes a flood of failing events cheap.
-func (l *loop) isolate(ctx context.Context, batch []*delivery) (done int, err error) {
+//
+// An event that the database refuses with an outage's words while it takes others, since passed too, is put off alone: somebody holds
+// its row, or a trigger that only it meets is broken. Where it takes none the error is the outage's.
+func (l *loop) isolate(ctx context.Context, batch []*delivery, passed uint64) (done int, err error) {
 	start := time.Now()
 	var s sorted
 	var good []*delivery
 	var verdicts []verdict
-	err = l.inTx(ctx, func(ctx context.Context, tx *gorm.DB) error {
+	limit, locks := l.cfg.HandleTimeout, lockTimeout
+	if len(batch) > 1 {
+		limit, locks = min(limit, eventLimit), eventLockTimeout
+	}
+	err = l.inTx(ctx, l.cfg.HandleTimeout, locks, func(ctx context.Context, tx *gorm.DB) error {
 		var err error
 		if s, err = l.sort(ctx, tx, batch); err != nil {
 			return err
 		}
 		var failures []failure
+		var refused error
 		good, verdicts, done = nil, nil, len(batch)
 		if err := exec(ctx, tx, "SAVEPOINT event"); err != nil {
 			return err
@@ -460,7 +526,10 @@ func (l *loop) isolate(ctx context.Context, batch []*delivery) (done int, err er
 				done = slices.Index(batch, d)
 				break
 			}
-			err := l.handle(ctx, tx, []event.Event{d.event})
+			eventCtx, cancel := context.WithTimeout(ctx, limit)
+			err := l.handle(eventCtx, tx, []event.Event{d.event})
+			late := err != nil && eventCtx.Err() != nil
+			cancel()
 			switch {
 			case err == nil:
 				good = append(good, d)
@@ -468,11 +537,14 @@ func (l *loop) isolate(ctx context.Context, batch []*delivery) (done int, err er
 				if err == nil {
 					err = exec(ctx, tx, "SAVEPOINT event")
 				}
-			case ctx.Err() != nil:
-				return &lateError{d, err}
-			case isOutage(err):
+			case late:
+				return &lateError{d, limit, err}
+			case isOutage(err) && !isStatement(err):
 				return err
 			default:
+				if isOutage(err) && refused == nil {
+					refused = err
+				}
 				failures = append(failures, failure{d, err})
 				err = exec(ctx, tx, "ROLLBACK TO SAVEPOINT event") // which stays, for the next
 			}
@@ -480,10 +552,16 @@ func (l *loop) isolate(ctx context.Context, batch []*delivery) (done int, err er
 				return err
 			}
 		}
+		if refused != nil && len(good) == 0 && l.passed.Load() == passed {
+			return refused
+		}
 		if err := l.settle(ctx, tx, good, time.Since(start)); err != nil {
 			return err
 		}
 		verdicts = l.judge(ctx, failures)
+		if err := l.recordIn(ctx, tx, verdicts, pause); err != nil {
+			return err
+		}
 		return l.recordIn(ctx, tx, verdicts, retry)
 	})
 	if err != nil {
@@ -491,8 +569,9 @@ func (l *loop) isolate(ctx context.Context, batch []*delivery) (done int, err er
 	}
 	l.works()
 	l.pace.worked(done, time.Since(start))
-	l.applied(batch[:done], s, good, start)
+	l.applied(ctx, batch[:done], s, good, start)
 	l.settleFailed(verdicts, retry)
+	l.settleFailed(verdicts, pause)
 	l.bury(ctx, verdicts)
 	for _, v := range verdicts {
 		if v.action == giveBack {
@@ -513,18 +592,19 @@ func exec(ctx context.Context, tx *gorm.DB, statement string) error {
 // lateError is a handler that did not finish one event in time.
 type lateError struct {
 	delivery *delivery
+	limit    time.Duration
 	err      error
 }
 
-func (e *lateError) Error() string   { return e.err.Error() }
+func (e *lateError) Error() string   { return fmt.Sprintf("%v (%s): %v", errTimeout, e.limit, e.err) }
 func (e *lateError) Unwrap() []error { return []error{errTimeout, e.err} }
 
 // attempt runs one transaction: what the inbox has is dropped, the handler gets the rest, the log is written. After
 // the commit everything is acked.
-func (l *loop) attempt(ctx context.Context, batch []*delivery) error {
+func (l *loop) attempt(ctx context.Context, batch []*delivery, limit time.Duration) error {
 	start := time.Now()
 	var s sorted
-	err := l.inTx(ctx, func(ctx context.Context, tx *gorm.DB) error {
+	err := l.inTx(ctx, limit, lockTimeout, func(ctx context.Context, tx *gorm.DB) error {
 		var err error
 		if s, err = l.sort(ctx, tx, batch); err != nil || len(s.todo) == 0 {
 			return err
@@ -535,7 +615,7 @@ func (l *loop) attempt(ctx context.Context, batch []*delivery) error {
 		}
 		if err := l.handle(ctx, tx, events); err != nil {
 			if ctx.Err() != nil {
-				return fmt.Errorf("%w (%s): %w", errTimeout, l.cfg.HandleTimeout, err)
+				return fmt.Errorf("%w (%s): %w", errTimeout, limit, err)
 			}
 			return err
 		}
@@ -545,31 +625,34 @@ func (l *loop) attempt(ctx context.Context, batch []*delivery) error {
 		return err
 	}
 	l.works()
-	l.applied(batch, s, s.todo, start)
+	l.applied(ctx, batch, s, s.todo, start)
 	return nil
 }
 
-// lockTimeout is how long a transaction waits for a lock of somebody else's: a table that is being altered or restored
-// is an outage, not the event's fault.
-const lockTimeout = "SET LOCAL lock_timeout = '10s'"
+// A statement waits so long for a lock of somebody else's, and so long where an event is told apart from others: a table that is
+// being altered, a row in a transaction that somebody left open. That is an outage, or one event's alone, and never its own fault.
+const (
+	lockTimeout      = "SET LOCAL lock_timeout = '2s'"
+	eventLockTimeout = "SET LOCAL lock_timeout = '500ms'"
+)
 
-// inTx runs fn in a transaction within HandleTimeout. A batch that has begun is finished when the worker stops, within the
+// inTx runs fn in a transaction within limit. A batch that has begun is finished when the worker stops, within the
 // grace period. Time that passes outside of the handler is the database's: then the error is errSlow.
-func (l *loop) inTx(ctx context.Context, fn func(ctx context.Context, tx *gorm.DB) error) error {
+func (l *loop) inTx(ctx context.Context, limit time.Duration, locks string, fn func(ctx context.Context, tx *gorm.DB) error) error {
 	finish, release := withGrace(ctx, stopGrace)
 	defer release()
-	txCtx, cancel := context.WithTimeout(finish, l.cfg.HandleTimeout)
+	txCtx, cancel := context.WithTimeout(finish, limit)
 	defer cancel()
 	err := database.InTx(txCtx, l.db, func(tx *gorm.DB) error {
 		if database.IsPostgres(tx) {
-			if err := exec(txCtx, tx, lockTimeout); err != nil {
+			if err := exec(txCtx, tx, locks); err != nil {
 				return err
 			}
 		}
 		return fn(txCtx, tx)
 	})
 	if err != nil && !errors.Is(err, errTimeout) && finish.Err() == nil && txCtx.Err() != nil {
-		return fmt.Errorf("%w within %s: %w", errSlow, l.cfg.HandleTimeout, err)
+		return fmt.Errorf("%w within %s: %w", errSlow, limit, err)
 	}
 	return err
 }
@@ -578,6 +661,7 @@ func (l *loop) inTx(ctx context.Context, fn func(ctx context.Context, tx *gorm.D
 type sorted struct {
 	todo  []*delivery
 	early []*delivery // a restart brought them back before their time
+	late  []*delivery // took too long last time: they are worked on aside
 }
 
 // retrySlack is how much before its time a retry may be made, clockSlack how far the clocks of two workers may be apart.
@@ -598,6 +682,8 @@ func (l *loop) sort(ctx context.Context, tx *gorm.DB, batch []*delivery) (sorted
 		case d.known.Settled():
 		case time.Until(d.known.NextAttemptAt) > retrySlack && time.Until(d.known.WrittenAt) < clockSlack: // else the clock was set back
 			s.early = append(s.early, d)
+		case d.known.Late && !d.aside:
+			s.late = append(s.late, d)
 		default:
 			s.todo = append(s.todo, d)
 		}
@@ -621,10 +707,10 @@ func (l *loop) settle(ctx context.Context, tx *gorm.DB, good []*delivery, took t
 }
 
 // applied acks what the committed transaction settled and what was settled before, and counts.
-func (l *loop) applied(batch []*delivery, s sorted, good []*delivery, start time.Time) {
+func (l *loop) applied(ctx context.Context, batch []*delivery, s sorted, good []*delivery, start time.Time) {
 	name := l.handler.Name()
 	age := l.metrics.age.WithLabelValues(name)
-	open := make(map[*delivery]bool, len(s.todo)+len(s.early))
+	open := make(map[*delivery]bool, len(s.todo)+len(s.early)+len(s.late))
 	for _, d := range s.todo {
 		open[d] = true
 	}
@@ -633,6 +719,15 @@ func (l *loop) applied(batch []*delivery, s sorted, good []*delivery, start time
 		if slices.Contains(batch, d) {
 			l.nak(d.msg, time.Until(d.known.NextAttemptAt))
 		}
+	}
+	for _, d := range s.late {
+		open[d] = true
+		if slices.Contains(batch, d) {
+			l.putAside(ctx, d)
+		}
+	}
+	if len(good) > 0 {
+		l.passed.Add(1)
 	}
 	for _, d := range good {
 		l.ack(d)
@@ -719,8 +814,13 @@ func (l *loop) judge(ctx context.Context, failures []failure) []verdict {
 		if v.entry.FirstFailedAt.IsZero() {
 			v.entry.FirstFailedAt = now
 		}
-		if v.action == retry {
+		switch v.action {
+		case retry:
 			v.delay = delayOf(f.err, l.schedule(attempt))
+			v.entry.NextAttemptAt = now.Add(v.delay)
+		case pause: // it costs no attempt, and comes again ever later
+			v.entry.Attempts, v.entry.Reason, v.entry.Fingerprint = f.known.Attempts, "", ""
+			v.delay = min(max(now.Sub(v.entry.FirstFailedAt), l.cfg.RetryInitial), l.cfg.RetryMax)
 			v.entry.NextAttemptAt = now.Add(v.delay)
 		}
 		verdicts[i] = v
@@ -734,8 +834,10 @@ func (l *loop) failAll(ctx context.Context, failures []failure) {
 		return
 	}
 	verdicts := l.judge(ctx, failures)
-	if l.record(ctx, verdicts, retry) {
-		l.settleFailed(verdicts, retry)
+	for _, of := range []action{retry, pause} {
+		if l.record(ctx, verdicts, of) {
+			l.settleFailed(verdicts, of)
+		}
 	}
 	l.bury(ctx, verdicts)
 	for _, v := range verdicts {
@@ -769,7 +871,7 @@ func (l *loop) record(ctx context.Context, verdicts []verdict, of action) bool {
 		return true
 	}
 	for {
-		err := l.inTx(ctx, func(ctx context.Context, tx *gorm.DB) error { return l.recordIn(ctx, tx, verdicts, of) })
+		err := l.inTx(ctx, l.cfg.HandleTimeout, lockTimeout, func(ctx context.Context, tx *gorm.DB) error { return l.recordIn(ctx, tx, verdicts, of) })
 		switch {
 		case err == nil:
 			l.works()
@@ -804,11 +906,17 @@ func (l *loop) settleFailed(verdicts []verdict, of action) {
 		if v.action != of {
 			continue
 		}
-		l.metrics.failures.WithLabelValues(name, v.entry.Reason).Inc()
 		fields := []zap.Field{
 			zap.String("event_id", v.event.ID), zap.String("event_type", string(v.event.Type)), zap.String("source", v.event.Source),
 			zap.Uint64("stream_seq", v.event.Seq), zap.Int("attempt", v.entry.Attempts), zap.String("reason", v.entry.Reason), zap.String("error", logged(v.entry.Error)),
 		}
+		if of == pause {
+			l.nak(v.msg, v.delay)
+			l.metrics.deliveries.WithLabelValues(name, "put_off").Inc()
+			l.log.Warn("the database refuses this event alone, put off", append(fields, zap.Duration("delay", v.delay))...)
+			continue
+		}
+		l.metrics.failures.WithLabelValues(name, v.entry.Reason).Inc()
 		if of == retry {
 			l.nak(v.msg, v.delay)
 			l.metrics.deliveries.WithLabelValues(name, "retried").Inc()

@@ -7,7 +7,7 @@ import (
 )
 
 // outcomes of one delivery, as the metric counts them.
-var outcomes = []string{"processed", "duplicate", "retried", "dead_lettered", "given_back"}
+var outcomes = []string{"processed", "duplicate", "retried", "dead_lettered", "put_off", "given_back"}
 
 type metrics struct {
 	deliveries *prometheus.CounterVec

@@ -628,10 +628,12 @@ func TestWorkerRestartedBeforeARetryLosesNone(t *testing.T) {
 		r.stop()
 		r.nats.Stop()
 		r.nats.Start()
-		require.Eventually(t, r.js.Conn().IsConnected, 20*time.Second, 10*time.Millisecond)
-		// An operator who sets the consumer back brings everything again at once; its time is in the delivery log.
-		_, err := r.js.ResetConsumer(t.Context(), stream.Events, "effects")
-		require.NoError(t, err)
+		// An operator who sets the consumer back brings everything again at once; its time is in the delivery log. He tries until the
+		// connection has noticed the restart.
+		require.Eventually(t, func() bool {
+			_, err := r.js.ResetConsumer(t.Context(), stream.Events, "effects")
+			return err == nil
+		}, 20*time.Second, 20*time.Millisecond)
 		r.work()
 		rows, dead := r.ledger(60 * time.Second)
 		assert.Empty(t, dead)

@@ -74,6 +74,16 @@ func IsInfrastructure(err error) bool {
 		err.Error() == "sql: database is closed"
 }
 
+// IsStatement tells whether err is what the database said of one statement while the connection goes on: the next statement,
+// after a rollback to a savepoint, may succeed.
+func IsStatement(err error) bool {
+	var pg *pgconn.PgError
+	if errors.As(err, &pg) {
+		return pg.SeverityUnlocalized == "ERROR" // a FATAL one ends the connection
+	}
+	return isMissingTable(err)
+}
+
 // IsConstraint tells whether the database refused the data by a rule of the schema (NOT NULL, CHECK, a key).
 func IsConstraint(err error) bool {
 	var pg *pgconn.PgError

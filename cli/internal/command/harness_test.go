@@ -106,7 +106,7 @@ func eachDatabase(t *testing.T, test func(t *testing.T, url string)) {
 	})
 	t.Run("postgres", func(t *testing.T) {
 		t.Parallel()
-		test(t, dbtest.NewServer(t).Create(t, "usher"))
+		test(t, dbtest.EmptyPostgresURL(t))
 	})
 }
 

@@ -43,7 +43,7 @@ func TestManyDeadLetters(t *testing.T) { //nolint:paralleltest // it measures th
 	out, err := exec.Command("go", "build", "-o", usher, "../../cmd/usher").CombinedOutput()
 	require.NoError(t, err, string(out))
 	t.Run("sqlite", func(t *testing.T) { manyLetters(t, usher, "sqlite:"+filepath.Join(t.TempDir(), "usher.db"), n) })
-	t.Run("postgres", func(t *testing.T) { manyLetters(t, usher, dbtest.NewServer(t).Create(t, "usher"), n) })
+	t.Run("postgres", func(t *testing.T) { manyLetters(t, usher, dbtest.EmptyPostgresURL(t), n) })
 }
 
 func manyLetters(t *testing.T, usher, url string, n int) {

@@ -260,7 +260,7 @@ func TestReplayThatStoppedGoesOnOnceTheCauseIsMended(t *testing.T) {
 				stopped := into[bulkResult](first)
 				assert.Contains(t, stopped.Stopped, "too many fail again")
 				y.publish("later") // which is not the run's
-				y.wait("mirror", "processed", y.count("deliveries", "status = 'processed'"))
+				y.until("later", func() bool { return y.count("deliveries", "event_id = 'msg_later' AND status = 'processed'") == 1 })
 				y.quietBut("mirror")
 				applied := y.count("deliveries", "origin = 'replay' AND status = 'processed'")
 				repair()

@@ -15,6 +15,7 @@ import (
 	"gorm.io/gorm"
 
 	"github.com/usherhq/usher/pkg/database"
+	"github.com/usherhq/usher/pkg/deadletter"
 	"github.com/usherhq/usher/pkg/event"
 	"github.com/usherhq/usher/pkg/stream"
 )
@@ -54,6 +55,7 @@ type Known struct {
 	WrittenAt     time.Time // of the row
 	ReplayID      string
 	Seq           uint64 // of the delivery that the row is of
+	Late          bool   // the last attempt ran out of time
 }
 
 // For is what the log says to this delivery of the event. A deliberate replay that the log has not seen yet
@@ -89,7 +91,7 @@ func New(handler string) *Inbox { return &Inbox{handler: handler} }
 
 // Find returns what the log says of the events; those that it does not know are absent.
 func (i *Inbox) Find(ctx context.Context, tx *gorm.DB, ids []string) (map[string]Known, error) {
-	const columns = "SELECT event_id, status, attempts, first_failed_at, next_attempt_at, processed_at, replay_id, stream_seq FROM deliveries WHERE handler = "
+	const columns = "SELECT event_id, status, attempts, first_failed_at, next_attempt_at, processed_at, replay_id, stream_seq, reason FROM deliveries WHERE handler = "
 	query, args := columns+"$1 AND event_id = ANY($2::text[])", []any{i.handler, ids}
 	if !database.IsPostgres(tx) {
 		query, args = columns+"? AND event_id IN (?"+strings.Repeat(",?", len(ids)-1)+")", []any{i.handler}
@@ -107,13 +109,14 @@ func (i *Inbox) Find(ctx context.Context, tx *gorm.DB, ids []string) (map[string
 		var id string
 		var k Known
 		var first, next, written sql.NullTime
-		var replay sql.NullString
+		var replay, reason sql.NullString
 		var seq sql.NullInt64
-		if err := rows.Scan(&id, &k.Status, &k.Attempts, &first, &next, &written, &replay, &seq); err != nil {
+		if err := rows.Scan(&id, &k.Status, &k.Attempts, &first, &next, &written, &replay, &seq, &reason); err != nil {
 			return nil, fmt.Errorf("read delivery: %w", err)
 		}
 		k.FirstFailedAt, k.NextAttemptAt, k.WrittenAt, k.ReplayID = first.Time, next.Time, written.Time, replay.String
 		k.Seq = uint64(max(seq.Int64, 0))
+		k.Late = reason.String == string(deadletter.Timeout)
 		known[id] = k
 	}
 	if err := rows.Err(); err != nil {
