@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"encoding/json"
+	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
@@ -12,6 +13,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/usherhq/usher/pkg/database"
 	"github.com/usherhq/usher/pkg/dbtest"
 	"github.com/usherhq/usher/pkg/fixture"
 )
@@ -146,20 +148,32 @@ func TestInterruptedDemoIsNoSuccess(t *testing.T) {
 	assert.Contains(t, stderr, "--users -1: want 1 or more")
 }
 
+// TestServeWaitsForADatabaseThatStartsLater: a machine starts, and its PostgreSQL after it. Webhooks are taken meanwhile.
 func TestServeWaitsForADatabaseThatStartsLater(t *testing.T) {
 	t.Parallel()
 	server := dbtest.NewServer(t)
 	url := server.Create(t, "usher")
 	server.Stop()
 	dataDir := t.TempDir()
-	env := append([]string{"CLERK_WEBHOOK_SIGNING_SECRET=" + secret, "USHER_DATA_DIR=" + dataDir, "USHER_DATABASE_URL=" + url}, randomPorts...)
+	address, ops := freeAddr(t), freeAddr(t)
+	env := []string{"CLERK_WEBHOOK_SIGNING_SECRET=" + secret, "USHER_DATA_DIR=" + dataDir, "USHER_DATABASE_URL=" + url,
+		"USHER_INGEST_ADDR=" + address, "USHER_CONSOLE_ADDR=127.0.0.1:0", "USHER_OPS_ADDR=" + ops}
 	p := start(t, env, "serve")
-	require.Eventually(t, func() bool { // the broker is there, the database is what it asks for next
-		_, err := os.Stat(filepath.Join(dataDir, "nats", "jetstream"))
-		return err == nil
-	}, 20*time.Second, 5*time.Millisecond)
+	require.Eventually(t, func() bool { return get("http://"+address+"/webhooks/clerk") == http.StatusMethodNotAllowed }, 20*time.Second, 5*time.Millisecond,
+		"ingest needs no database")
+	code, out, stderr := run(t, env, "trigger", "user.created", "--count", "20", "--url", "http://"+address+"/webhooks/clerk")
+	require.Equal(t, 0, code, out+stderr)
+	assert.Equal(t, http.StatusServiceUnavailable, get("http://"+ops+"/readyz"))
+	assert.NoFileExists(t, filepath.Join(dataDir, "usher.json"), "it is not ready")
 	server.Start(t)
 	p.ready(dataDir)
+	db, err := database.Open(t.Context(), url, "usher")
+	require.NoError(t, err)
+	defer func() { _ = database.Close(db) }()
+	require.Eventually(t, func() bool {
+		var n int64
+		return db.Table("users").Count(&n).Error == nil && n == 20
+	}, 20*time.Second, 20*time.Millisecond, "what came before the database is applied")
 	assert.Equal(t, 0, p.stop(), p.stderr.String())
 	assert.Contains(t, p.stderr.String(), "database is away, waiting for it")
 	assert.Contains(t, p.stderr.String(), "database is there")

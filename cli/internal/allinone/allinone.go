@@ -12,6 +12,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -61,12 +63,14 @@ type Instance struct {
 	Registry *prometheus.Registry
 
 	cfg      Config
+	starting atomic.Bool // readiness says no
 	services []lifecycle.Service
 	closers  lifecycle.Closers
 }
 
-// New opens everything in the order of need: data folder, broker, streams, database, migrations,
-// listeners. What was opened is closed again when a later step fails. Run does the work; Close must follow.
+// New opens everything in the order of need: data folder, broker, streams, ingest, database, migrations, the rest. Ingest works from
+// then on: for what comes while the database is waited for, the broker is enough. What was opened is closed again when
+// a later step fails. Run does the work; Close must follow.
 func New(ctx context.Context, cfg Config) (_ *Instance, err error) {
 	i := &Instance{cfg: cfg, Registry: observe.NewRegistry(), Health: &observe.Health{}}
 	defer func() {
@@ -84,6 +88,19 @@ func New(ctx context.Context, cfg Config) (_ *Instance, err error) {
 	}
 	topology := stream.Topology{Replicas: s.StreamReplicas, MaxBytes: int64(s.StreamMaxBytes), Handlers: worker.Specs()}
 	if i.JS, err = i.connect(b, "setup"); err != nil {
+		return nil, err
+	}
+	if _, err := ensureStreams(ctx, i.JS, topology); err != nil {
+		return nil, err
+	}
+	i.starting.Store(true)
+	i.Health.Add("start", func() error {
+		if i.starting.Load() {
+			return errStarting
+		}
+		return nil
+	})
+	if err := i.openFront(b); err != nil {
 		return nil, err
 	}
 	if cfg.Mode == "serve" { // for real: a machine that starts may have its database a minute later
@@ -118,8 +135,11 @@ func New(ctx context.Context, cfg Config) (_ *Instance, err error) {
 		return nil, err
 	}
 	i.closers.Add(func() error { return os.Remove(statePath(s.DataDir)) })
+	i.starting.Store(false)
 	return i, nil
 }
+
+var errStarting = errors.New("waiting for the database, or bringing it up to date")
 
 // takeDataDir makes the data folder, which only its owner can read, and locks it.
 func (i *Instance) takeDataDir() error {
@@ -206,8 +226,26 @@ func (i *Instance) takeBack(ctx context.Context, topology stream.Topology) error
 	return nil
 }
 
-// open makes the services. Listeners open here, so a taken port is an error of New.
-func (i *Instance) open(b brokerAccess) error {
+// front is what works from New on: the listeners of the process and of the webhooks. As a service it ends with them.
+type front struct {
+	stop context.CancelFunc
+	done chan error // buffered; Run takes its one value
+}
+
+func (*front) Name() string { return "front" }
+
+func (f *front) Run(ctx context.Context) error {
+	select {
+	case err := <-f.done:
+		return err
+	case <-ctx.Done():
+		f.stop()
+		return <-f.done
+	}
+}
+
+// openFront makes the services that need no database, and lets them work.
+func (i *Instance) openFront(b brokerAccess) error {
 	s, log := i.cfg.Settings, i.cfg.Log
 	ops, err := observe.NewOps(s.OpsAddr, i.Health, i.Registry)
 	if err != nil {
@@ -229,6 +267,24 @@ func (i *Instance) open(b brokerAccess) error {
 		return err
 	}
 	i.closers.Add(func() error { _ = in.Close(); return nil }) // Run closes it too
+	ctx, stop := context.WithCancel(context.Background())
+	f := &front{stop: stop, done: make(chan error, 1)}
+	var ended sync.WaitGroup
+	ended.Go(func() { f.done <- lifecycle.Run(ctx, ops, in) })
+	i.closers.Add(func() error {
+		stop()
+		ended.Wait()
+		return nil
+	})
+	i.services = []lifecycle.Service{f}
+	i.State.IngestURL = "http://" + reachable(in.Addr()) + "/webhooks/clerk"
+	i.State.OpsURL = "http://" + reachable(ops.Addr())
+	return nil
+}
+
+// open makes the other services. Their listener opens here, so a taken port is an error of New.
+func (i *Instance) open(b brokerAccess) error {
+	s, log := i.cfg.Settings, i.cfg.Log
 	workerJS, err := i.connect(b, "worker")
 	if err != nil {
 		return err
@@ -267,9 +323,7 @@ func (i *Instance) open(b brokerAccess) error {
 		return err
 	}
 	i.closers.Add(func() error { con.Close(); return nil })
-	i.services = []lifecycle.Service{ops, in, w, rec, con}
-	i.State.IngestURL = "http://" + reachable(in.Addr()) + "/webhooks/clerk"
-	i.State.OpsURL = "http://" + reachable(ops.Addr())
+	i.services = append(i.services, w, rec, con)
 	i.State.ConsoleURL = "http://" + reachable(con.Addr())
 	return nil
 }

@@ -64,18 +64,27 @@ func Setup(ctx context.Context, db *gorm.DB, js jetstream.JetStream, topology st
 		report.Migrations.Pending = []string{}
 	}
 	if len(found.Missing) > 0 {
-		made, err := topology.Ensure(ctx, js)
-		var api *jetstream.APIError
-		if errors.As(err, &api) && api.ErrorCode == noStorage {
-			return report, fmt.Errorf("create streams: the broker has no room for streams of USHER_STREAM_MAX_BYTES and a tenth more: lower it, or give the broker more (%w)", err)
-		}
+		made, err := ensureStreams(ctx, js, topology)
 		if err != nil {
-			return report, fmt.Errorf("create streams: %w", err)
+			return report, err
 		}
 		report.Streams.Present, report.Streams.Differences = made.Present, made.Differences
 		report.Streams.Created, report.Streams.Missing = made.Missing, []string{}
 	}
 	return report, nil
+}
+
+// ensureStreams creates the streams and consumers that are missing.
+func ensureStreams(ctx context.Context, js jetstream.JetStream, topology stream.Topology) (stream.Plan, error) {
+	made, err := topology.Ensure(ctx, js)
+	var api *jetstream.APIError
+	if errors.As(err, &api) && api.ErrorCode == noStorage {
+		return made, fmt.Errorf("create streams: the broker has no room for streams of USHER_STREAM_MAX_BYTES and a tenth more: lower it, or give the broker more (%w)", err)
+	}
+	if err != nil {
+		return made, fmt.Errorf("create streams: %w", err)
+	}
+	return made, nil
 }
 
 // noStorage is the broker's answer to a stream that is larger than its max_file_store (nats-server server/errors.json).
