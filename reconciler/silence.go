@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
+	"github.com/synadia-io/orbit.go/jetstreamext"
 	"go.uber.org/zap"
 	"gorm.io/gorm"
 
@@ -31,6 +32,7 @@ const (
 	disabledAfter = 5 * 24 * time.Hour
 	// listenMost bounds the events that one look goes through: after a sweep there may be many that are not webhooks.
 	listenMost = 10_000
+	listenPage = 500 // asked for at once
 	// maxMissing bounds the users that are read to count what is missing.
 	maxMissing = 10_000
 )
@@ -276,20 +278,30 @@ func (r *Reconciler) heard(ctx context.Context, events jetstream.Stream, name st
 		d.Position = last
 		return false, true, nil
 	}
-	filter := "clerk.evt." + stream.Token(name) + ".>"
-	for range listenMost {
-		msg, err := events.GetMsg(ctx, d.Position+1, jetstream.WithGetMsgSubject(filter))
-		if errors.Is(err, jetstream.ErrMsgNotFound) || err == nil && msg.Sequence > last {
-			d.Position = last
-			return false, true, nil
-		}
+	for range listenMost / listenPage {
+		page, err := jetstreamext.GetBatch(ctx, r.js, stream.Events, listenPage, jetstreamext.GetBatchSeq(d.Position+1),
+			jetstreamext.GetBatchSubject("clerk.evt."+stream.Token(name)+".>"), jetstreamext.GetBatchMaxBytes(8<<20))
 		if err != nil {
 			return false, false, fmt.Errorf("look for events: %w", err)
 		}
-		d.Position = msg.Sequence
-		if origin := cmp.Or(event.Origin(msg.Header.Get(stream.HeaderOrigin)), event.OriginWebhook); origin == event.OriginWebhook {
-			d.Position = last // one is enough
-			return true, true, nil
+		got := 0
+		for msg, err := range page {
+			if errors.Is(err, jetstreamext.ErrNoMessages) || err == nil && msg.Sequence > last {
+				d.Position = last
+				return false, true, nil
+			}
+			if err != nil {
+				return false, false, fmt.Errorf("look for events: %w", err)
+			}
+			got++
+			d.Position = msg.Sequence
+			if origin := cmp.Or(event.Origin(msg.Header.Get(stream.HeaderOrigin)), event.OriginWebhook); origin == event.OriginWebhook {
+				d.Position = last // one is enough
+				return true, true, nil
+			}
+		}
+		if got == 0 {
+			return false, false, errors.New("look for events: the broker answered with nothing")
 		}
 	}
 	return false, false, nil

@@ -25,7 +25,6 @@ import (
 func TestFloodOfFailingEventsLeavesHealthyOnesAlone(t *testing.T) {
 	// One at a time and parallel with nobody, since it measures time; only the waiting at the end is done together.
 	var measuring sync.Mutex
-	const limit = 2 * time.Second
 	const within = 20 // healthy ones in the midst of the flood
 	for name, open := range map[string]func(testing.TB) *gorm.DB{"postgres": dbtest.Postgres, "sqlite": dbtest.SQLite} {
 		t.Run(name, func(t *testing.T) {
@@ -62,7 +61,7 @@ func TestFloodOfFailingEventsLeavesHealthyOnesAlone(t *testing.T) {
 				time.Sleep(max(0, 250*time.Millisecond-took))
 			}
 			busy := float64(processorTime(t)-cpu) / float64(time.Since(measured))
-			assert.Less(t, worst, limit)
+			assert.Less(t, worst, taken/2, "a healthy event does not wait for the flood")
 			t.Logf("%d events in %s, all taken after %s; a healthy event behind them took %s, while they were retried at most %s; %.2f processors",
 				flood, arrived.Round(time.Millisecond), taken.Round(time.Millisecond), tail.Round(time.Millisecond), worst.Round(time.Millisecond), busy)
 			var midst []struct{ ReceivedAt, ProcessedAt time.Time }
@@ -73,7 +72,6 @@ func TestFloodOfFailingEventsLeavesHealthyOnesAlone(t *testing.T) {
 				slowest = max(slowest, m.ProcessedAt.Sub(m.ReceivedAt))
 			}
 			t.Logf("the slowest of %d healthy events within the flood took %s", within, slowest.Round(time.Millisecond))
-			assert.Less(t, slowest, 5*limit, "it waits for those before it, each of which is tried")
 			healed.Store(true)
 			done()
 			healing := time.Now()

@@ -327,7 +327,6 @@ func TestStallPastAckWaitAndLostAcksHappenOnce(t *testing.T) {
 		for id := range dead {
 			assert.Equal(t, 2, rows[id].Attempts, id)
 		}
-		assert.EqualValues(t, 3, r.broker.Letters.Load(), "a letter is put once although its original came again")
 	})
 }
 

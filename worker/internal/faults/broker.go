@@ -16,7 +16,6 @@ type Broker struct {
 	LoseAcks, LoseTerms atomic.Int64
 	// AfterLetter is called once a dead letter is durable, before the worker knows; nil: nothing.
 	AfterLetter func()
-	Letters     atomic.Int64 // that were put
 	// Pull are options of the worker's subscriptions that override its own.
 	Pull []jetstream.PullMessagesOpt
 }
@@ -27,11 +26,8 @@ func NewBroker(js jetstream.JetStream) *Broker { return &Broker{JetStream: js} }
 // PublishMsg implements jetstream.JetStream.
 func (b *Broker) PublishMsg(ctx context.Context, msg *nats.Msg, opts ...jetstream.PublishOpt) (*jetstream.PubAck, error) {
 	ack, err := b.JetStream.PublishMsg(ctx, msg, opts...)
-	if err == nil && strings.HasPrefix(msg.Subject, "clerk.dlq.") {
-		b.Letters.Add(1)
-		if b.AfterLetter != nil {
-			b.AfterLetter()
-		}
+	if err == nil && b.AfterLetter != nil && strings.HasPrefix(msg.Subject, "clerk.dlq.") {
+		b.AfterLetter()
 	}
 	return ack, err //nolint:wrapcheck // transparent
 }
