@@ -822,6 +822,7 @@ func (l *loop) judge(ctx context.Context, failures []failure) []verdict {
 			v.entry.Attempts, v.entry.Reason, v.entry.Fingerprint = f.known.Attempts, "", ""
 			v.delay = min(max(now.Sub(v.entry.FirstFailedAt), l.cfg.RetryInitial), l.cfg.RetryMax)
 			v.entry.NextAttemptAt = now.Add(v.delay)
+		case ack, deadLetter, giveBack:
 		}
 		verdicts[i] = v
 	}

@@ -156,8 +156,10 @@ func TestServeWaitsForADatabaseThatStartsLater(t *testing.T) {
 	server.Stop()
 	dataDir := t.TempDir()
 	address, ops := freeAddr(t), freeAddr(t)
-	env := []string{"CLERK_WEBHOOK_SIGNING_SECRET=" + secret, "USHER_DATA_DIR=" + dataDir, "USHER_DATABASE_URL=" + url,
-		"USHER_INGEST_ADDR=" + address, "USHER_CONSOLE_ADDR=127.0.0.1:0", "USHER_OPS_ADDR=" + ops}
+	env := []string{
+		"CLERK_WEBHOOK_SIGNING_SECRET=" + secret, "USHER_DATA_DIR=" + dataDir, "USHER_DATABASE_URL=" + url,
+		"USHER_INGEST_ADDR=" + address, "USHER_CONSOLE_ADDR=127.0.0.1:0", "USHER_OPS_ADDR=" + ops,
+	}
 	p := start(t, env, "serve")
 	require.Eventually(t, func() bool { return get("http://"+address+"/webhooks/clerk") == http.StatusMethodNotAllowed }, 20*time.Second, 5*time.Millisecond,
 		"ingest needs no database")
