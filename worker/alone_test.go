@@ -1,7 +1,10 @@
 package worker_test
 
 import (
+	"context"
 	"fmt"
+	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -11,6 +14,7 @@ import (
 
 	"github.com/usherhq/usher/pkg/database"
 	"github.com/usherhq/usher/pkg/dbtest"
+	"github.com/usherhq/usher/pkg/event"
 	"github.com/usherhq/usher/worker"
 	"github.com/usherhq/usher/worker/internal/faults"
 )
@@ -77,6 +81,34 @@ func TestRowThatSomebodyHoldsHoldsUpItsEventsAlone(t *testing.T) {
 	assert.Empty(t, b.deadLetters())
 }
 
+// TestQuietHandlerIsNotHeldUpByARowThatSomebodyHolds: nothing but events of that row comes for a while, more of them than the lanes
+// hold, and then a healthy one.
+func TestQuietHandlerIsNotHeldUpByARowThatSomebodyHolds(t *testing.T) {
+	t.Parallel()
+	db := dbtest.Postgres(t)
+	b := start(t, db, worker.Config{Attempts: 2, Concurrency: 1, BatchSize: 1})
+	b.publish("first", user("user_held"))
+	b.settled("mirror", 1)
+	holder := db.Begin()
+	require.NoError(t, holder.Exec("SELECT 1 FROM users WHERE id = 'user_held' FOR UPDATE").Error)
+	const n = 8
+	for i := range n {
+		b.publish(fmt.Sprintf("held_%d", i), user("user_held"))
+	}
+	require.Eventually(t, func() bool { return strings.Contains(b.health.Problems()["worker mirror"], "lock timeout") }, 20*time.Second, 10*time.Millisecond)
+	for i := range 3 {
+		id := fmt.Sprintf("healthy_%d", i)
+		b.publish(id, user("user_"+id))
+		require.Eventually(t, func() bool { return b.deliveries("mirror")[id].Status == "processed" }, 60*time.Second, 10*time.Millisecond, "the row is held still")
+	}
+	require.NoError(t, holder.Rollback().Error)
+	for id, r := range b.settled("mirror", 1+n+3) {
+		assert.Equal(t, "processed", r.Status, id)
+		assert.Equal(t, 1, r.Attempts, id)
+	}
+	assert.Empty(t, b.deadLetters())
+}
+
 // TestBrokenTriggerOfOneRowHoldsUpItsEventsAlone: the words are those of a table that is away, which else is an outage. SQLite
 // compiles a trigger with every statement on its table, so there it is one.
 func TestBrokenTriggerOfOneRowHoldsUpItsEventsAlone(t *testing.T) {
@@ -124,4 +156,48 @@ func TestSlowEventHoldsUpItselfAlone(t *testing.T) {
 		require.NotNil(t, rows["slow"].Reason)
 		assert.Equal(t, "timeout", *rows["slow"].Reason)
 	})
+}
+
+// TestSlowEventThatComesByItselfHoldsUpItselfAlone is the same where nothing else is on its way.
+func TestSlowEventThatComesByItselfHoldsUpItselfAlone(t *testing.T) {
+	t.Parallel()
+	hangs := make(chan struct{})
+	first := sync.OnceFunc(func() { close(hangs) })
+	r := newRig(t, dbtest.Postgres(t), worker.Config{Concurrency: 1, Attempts: 1, HandleTimeout: 20 * time.Second}, func(h worker.Handler) worker.Handler {
+		h = faults.Hang(h, faults.Always, faults.IDs("slow"))
+		return faults.New("effects", func(ctx context.Context, tx *gorm.DB, batch []event.Event) error {
+			if batch[0].ID == "slow" {
+				first()
+			}
+			return h.Handle(ctx, tx, batch)
+		})
+	})
+	r.work()
+	r.send("slow")
+	<-hangs
+	r.send("later")
+	require.Eventually(t, func() bool { return r.effects.Count(t)["later"] == 1 }, 60*time.Second, 10*time.Millisecond)
+	assert.NotContains(t, r.deliveries("effects"), "slow", "its time is not over yet")
+	_, dead := r.ledger(60 * time.Second)
+	assert.Equal(t, map[string]bool{"slow": true}, dead)
+}
+
+// TestWhereEveryEventTakesLongAllAreApplied: it is not one event's fault, and nothing is put off for it.
+func TestWhereEveryEventTakesLongAllAreApplied(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, dbtest.Postgres(t), worker.Config{Concurrency: 1}, func(h worker.Handler) worker.Handler {
+		return faults.New("effects", func(ctx context.Context, tx *gorm.DB, batch []event.Event) error {
+			for range batch {
+				select {
+				case <-ctx.Done():
+					return ctx.Err()
+				case <-time.After(1200 * time.Millisecond):
+				}
+			}
+			return h.Handle(ctx, tx, batch)
+		})
+	})
+	r.send(ids("each", 12)...)
+	r.work()
+	r.untouched(50 * time.Second) // below AckWait: none of them comes twice
 }

@@ -31,8 +31,8 @@ import (
 type loop struct {
 	broker  trouble // of the subscription
 	outage  outage
-	passed  atomic.Uint64 // transactions that applied something
-	asides  asides
+	proof   *proof
+	aside   chan *delivery // to the lane of events that take long
 	calls   calls
 	pace    pace
 	cfg     Config
@@ -64,11 +64,11 @@ type work struct {
 	failures []failure
 }
 
-func newLoop(w *Worker, h Handler) *loop {
+func newLoop(w *Worker, h Handler, p *proof) *loop {
 	return &loop{
-		cfg: w.cfg, handler: h, js: w.deps.JetStream, db: w.deps.DB, inbox: inbox.New(h.Name()), metrics: w.metrics,
-		log:    w.deps.Log.With(zap.String("service", "worker"), zap.String("handler", h.Name())),
-		asides: asides{free: make(chan struct{}, 1)},
+		proof: p,
+		cfg:   w.cfg, handler: h, js: w.deps.JetStream, db: w.deps.DB, inbox: inbox.New(h.Name()), metrics: w.metrics,
+		log: w.deps.Log.With(zap.String("service", "worker"), zap.String("handler", h.Name())),
 	}
 }
 
@@ -105,7 +105,7 @@ func (l *loop) run(ctx context.Context) error {
 
 // consume works until ctx is done (nil) or the subscription fails. It has two lanes, so that a flood of failing
 // events does not stop healthy ones: the fast lane takes events that come for the first time, the slow lane those
-// that come again and the batches in which something failed.
+// that come again and the batches in which something failed. Beside them is one for single events that take long.
 func (l *loop) consume(ctx context.Context) error {
 	consumer, err := l.js.Consumer(ctx, stream.Events, l.handler.Name())
 	if err != nil {
@@ -124,8 +124,10 @@ func (l *loop) consume(ctx context.Context) error {
 	l.broker.setTrouble(nil)
 	fresh, again := make(chan jetstream.Msg, l.cfg.BatchSize), make(chan jetstream.Msg, l.cfg.BatchSize)
 	left := make(chan work, 4)
-	var slow sync.WaitGroup
+	l.aside = make(chan *delivery, 1) // the one that waits and the one before it stay below AckWait
+	var slow, beside sync.WaitGroup
 	slow.Go(func() { l.slowLane(ctx, again, left) })
+	beside.Go(func() { l.besideLane(ctx) })
 	pumped := make(chan error, 1)
 	go func() {
 		defer close(fresh)
@@ -149,7 +151,8 @@ func (l *loop) consume(ctx context.Context) error {
 	}
 	close(left)
 	slow.Wait()
-	l.asides.running.Wait()
+	close(l.aside)
+	beside.Wait()
 	err = <-pumped
 	if ctx.Err() != nil {
 		return nil
@@ -375,16 +378,16 @@ func storable(e *event.Event) {
 	e.Type, e.Origin, e.FirstOrigin = event.Type(typ), event.Origin(origin), event.Origin(first)
 }
 
-// A batch may take batchLimit where the database is quick, and an event that is told apart from others eventLimit: what
-// takes longer is worked on beside the lanes, with all of its HandleTimeout, and holds up nobody else.
+// In the lanes a batch may take batchLimit where the database is quick, and an event that is told apart from others eventLimit: what
+// takes longer is worked on beside them, with all of its HandleTimeout, and holds up nobody else.
 const batchLimit, eventLimit = 5 * time.Second, time.Second
 
 // apply applies a batch in one transaction and settles every event of it. A batch that fails because of single events is
 // taken apart: by the slow lane where it has room, else here. An outage is waited out with the batch in hand.
 func (l *loop) apply(ctx context.Context, batch []*delivery, left chan<- work) {
-	limit := l.cfg.HandleTimeout
-	if len(batch) > 1 {
-		limit = min(limit, batchLimit)
+	limit := min(l.cfg.HandleTimeout, batchLimit)
+	if len(batch) == 1 && batch[0].aside {
+		limit = l.cfg.HandleTimeout
 	}
 	for len(batch) > 0 {
 		err := l.attempt(ctx, batch, limit)
@@ -412,6 +415,9 @@ func (l *loop) apply(ctx context.Context, batch []*delivery, left chan<- work) {
 				l.takeApart(ctx, batch)
 			}
 			return
+		case errors.Is(err, errTimeout) && limit < l.cfg.HandleTimeout:
+			l.putAside(ctx, batch[0])
+			return
 		default:
 			l.failAll(ctx, []failure{{batch[0], err}})
 			return
@@ -421,42 +427,54 @@ func (l *loop) apply(ctx context.Context, batch []*delivery, left chan<- work) {
 
 // slowDatabase tells whether the database takes long for next to nothing: then a batch did not take long because of one event.
 func (l *loop) slowDatabase(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	if database.Ping(ctx, l.db) != nil { // the first may have to connect
+		return true
+	}
 	start := time.Now()
-	return l.probe(ctx) != nil || time.Since(start) > 100*time.Millisecond
+	return database.Ping(ctx, l.db) != nil || time.Since(start) > 100*time.Millisecond
 }
 
-// asides are the events that are worked on beside the lanes, one at a time.
-type asides struct {
-	free    chan struct{}
-	running sync.WaitGroup
-}
-
-// putAside works on an event that takes long, with all of its time. One that finds the place taken comes again.
+// putAside lets an event that takes long be worked on beside the lanes, with all of its time; here where others are there before it.
 func (l *loop) putAside(ctx context.Context, d *delivery) {
+	d.aside = true
+	l.settled(d.msg.InProgress()) // AckWait begins anew
+	select {
+	case l.aside <- d:
+	default:
+		l.applyAlone(ctx, d)
+	}
+}
+
+// besideLane works on what is put aside, one event after the other.
+func (l *loop) besideLane(ctx context.Context) {
+	for d := range l.aside {
+		l.settled(d.msg.InProgress())
+		l.applyAlone(ctx, d)
+	}
+}
+
+func (l *loop) applyAlone(ctx context.Context, d *delivery) {
 	if ctx.Err() != nil {
 		l.giveBack(d.msg)
 		return
 	}
-	select {
-	case l.asides.free <- struct{}{}:
-	default:
-		l.nak(d.msg, l.cfg.HandleTimeout/2)
-		return
-	}
-	d.aside = true
-	l.asides.running.Go(func() {
-		defer func() { <-l.asides.free }()
-		l.apply(ctx, []*delivery{d}, nil)
-	})
+	l.apply(ctx, []*delivery{d}, nil)
 }
 
-// chunkSize is how many events share the transaction in which they are told apart. PostgreSQL keeps up to 64
-// subtransactions a session where everybody finds them cheaply.
-const chunkSize = 64
+const (
+	// chunkSize is how many events share the transaction in which they are told apart. PostgreSQL keeps up to 64
+	// subtransactions a session where everybody finds them cheaply.
+	chunkSize = 64
+	// mostSlow is how many events of a batch may take long before it is the batch that does.
+	mostSlow = 3
+	// refusedDelay is when events come again that the database refuses, as far as one can see, like all others.
+	refusedDelay = time.Second
+)
 
 // takeApart applies a batch that failed, so that only the events that fail by themselves stay behind.
 func (l *loop) takeApart(ctx context.Context, batch []*delivery) {
-	passed := l.passed.Load()
 	var slow []*delivery
 	defer func() {
 		for _, d := range slow { // after the others: SQLite has one writer
@@ -464,23 +482,35 @@ func (l *loop) takeApart(ctx context.Context, batch []*delivery) {
 		}
 	}()
 	for len(batch) > 0 {
+		if ctx.Err() != nil {
+			l.giveBackAll(batch)
+			return
+		}
+		limit := min(l.cfg.HandleTimeout, eventLimit)
+		if batch[0].aside || len(slow) >= mostSlow {
+			limit = l.cfg.HandleTimeout
+		}
 		chunk := batch[:min(chunkSize, len(batch))]
-		done, err := l.isolate(ctx, chunk, passed)
+		done, err := l.isolate(ctx, chunk, limit)
 		var late *lateError
 		switch {
 		case err == nil:
 			batch = batch[done:]
 		case errors.Is(err, inbox.ErrRaced):
 		case ctx.Err() != nil:
-			l.giveBackAll(batch)
-			return
-		case l.isOutage(ctx, err):
+		case isStatement(err): // they do not keep the lane from what comes after them, which the database may take
 			if !l.waitOut(ctx, err) {
-				l.giveBackAll(batch)
-				return
+				continue
 			}
+			for _, d := range chunk {
+				l.nak(d.msg, refusedDelay)
+			}
+			l.metrics.deliveries.WithLabelValues(l.handler.Name(), "put_off").Add(float64(len(chunk)))
+			batch = batch[len(chunk):]
+		case l.isOutage(ctx, err):
+			l.waitOut(ctx, err)
 		case errors.As(err, &late):
-			if late.limit < l.cfg.HandleTimeout {
+			if limit < l.cfg.HandleTimeout {
 				slow = append(slow, late.delivery)
 			} else {
 				l.failAll(ctx, []failure{{late.delivery, err}})
@@ -499,16 +529,16 @@ func (l *loop) takeApart(ctx context.Context, batch []*delivery) {
 // it came to, from the first on: so many are done. A commit for all of them and one round trip for
 // a failure are what makes a flood of failing events cheap.
 //
-// An event that the database refuses with an outage's words while it takes others, since passed too, is put off alone: somebody holds
+// An event that the database refuses with an outage's words while it takes others is put off alone: somebody holds
 // its row, or a trigger that only it meets is broken. Where it takes none the error is the outage's.
-func (l *loop) isolate(ctx context.Context, batch []*delivery, passed uint64) (done int, err error) {
+func (l *loop) isolate(ctx context.Context, batch []*delivery, limit time.Duration) (done int, err error) {
 	start := time.Now()
 	var s sorted
 	var good []*delivery
 	var verdicts []verdict
-	limit, locks := l.cfg.HandleTimeout, lockTimeout
-	if len(batch) > 1 {
-		limit, locks = min(limit, eventLimit), eventLockTimeout
+	locks := lockTimeout
+	if limit < l.cfg.HandleTimeout {
+		locks = eventLockTimeout
 	}
 	err = l.inTx(ctx, l.cfg.HandleTimeout, locks, func(ctx context.Context, tx *gorm.DB) error {
 		var err error
@@ -516,6 +546,7 @@ func (l *loop) isolate(ctx context.Context, batch []*delivery, passed uint64) (d
 			return err
 		}
 		var failures []failure
+		var stuck []*delivery
 		var refused error
 		good, verdicts, done = nil, nil, len(batch)
 		if err := exec(ctx, tx, "SAVEPOINT event"); err != nil {
@@ -527,7 +558,7 @@ func (l *loop) isolate(ctx context.Context, batch []*delivery, passed uint64) (d
 				break
 			}
 			eventCtx, cancel := context.WithTimeout(ctx, limit)
-			err := l.handle(eventCtx, tx, []event.Event{d.event})
+			err := l.handle(eventCtx, tx.WithContext(eventCtx), []event.Event{d.event})
 			late := err != nil && eventCtx.Err() != nil
 			cancel()
 			switch {
@@ -542,8 +573,8 @@ func (l *loop) isolate(ctx context.Context, batch []*delivery, passed uint64) (d
 			case isOutage(err) && !isStatement(err):
 				return err
 			default:
-				if isOutage(err) && refused == nil {
-					refused = err
+				if isOutage(err) {
+					stuck, refused = append(stuck, d), err
 				}
 				failures = append(failures, failure{d, err})
 				err = exec(ctx, tx, "ROLLBACK TO SAVEPOINT event") // which stays, for the next
@@ -552,7 +583,7 @@ func (l *loop) isolate(ctx context.Context, batch []*delivery, passed uint64) (d
 				return err
 			}
 		}
-		if refused != nil && len(good) == 0 && l.passed.Load() == passed {
+		if refused != nil && len(good) == 0 && !l.proof.alone(stuck) {
 			return refused
 		}
 		if err := l.settle(ctx, tx, good, time.Since(start)); err != nil {
@@ -587,6 +618,43 @@ func exec(ctx context.Context, tx *gorm.DB, statement string) error {
 		return fmt.Errorf("%s: %w", strings.ToLower(statement), err)
 	}
 	return nil
+}
+
+// proof is what tells, for all loops of a handler, an event that the database refuses alone from an outage: whether it took others
+// since it first refused that one.
+type proof struct {
+	passed atomic.Uint64 // transactions that applied something
+	mu     sync.Mutex
+	first  map[string]uint64 // how many had passed when an event was first refused, by its id
+}
+
+// mostRefused bounds what a proof remembers. What it forgets is refused for the first time once more.
+const mostRefused = 10_000
+
+// alone tells whether it is so for each of the events. One that was put off before needs no other proof.
+func (p *proof) alone(events []*delivery) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.first == nil || len(p.first) > mostRefused {
+		p.first = map[string]uint64{}
+	}
+	passed, alone := p.passed.Load(), true
+	for _, d := range events {
+		if d.known.PutOff {
+			continue
+		}
+		first, refused := p.first[d.event.ID]
+		if !refused {
+			p.first[d.event.ID] = passed
+		}
+		alone = alone && refused && first < passed
+	}
+	if alone {
+		for _, d := range events {
+			delete(p.first, d.event.ID)
+		}
+	}
+	return alone
 }
 
 // lateError is a handler that did not finish one event in time.
@@ -727,7 +795,7 @@ func (l *loop) applied(ctx context.Context, batch []*delivery, s sorted, good []
 		}
 	}
 	if len(good) > 0 {
-		l.passed.Add(1)
+		l.proof.passed.Add(1)
 	}
 	for _, d := range good {
 		l.ack(d)
@@ -792,6 +860,9 @@ func alive(ctx context.Context, tx *gorm.DB) bool {
 	return err == nil || errors.As(err, &pg) && pg.Code == "25P02"
 }
 
+// maxPutOff is how long an event at most waits that the database refuses alone: somebody may mend the cause at any time.
+const maxPutOff = time.Minute
+
 // verdict is what decide says of a failure, and the row that the delivery log gets.
 type verdict struct {
 	failure
@@ -820,7 +891,7 @@ func (l *loop) judge(ctx context.Context, failures []failure) []verdict {
 			v.entry.NextAttemptAt = now.Add(v.delay)
 		case pause: // it costs no attempt, and comes again ever later
 			v.entry.Attempts, v.entry.Reason, v.entry.Fingerprint = f.known.Attempts, "", ""
-			v.delay = min(max(now.Sub(v.entry.FirstFailedAt), l.cfg.RetryInitial), l.cfg.RetryMax)
+			v.delay = min(max(now.Sub(v.entry.FirstFailedAt), l.cfg.RetryInitial), l.cfg.RetryMax, maxPutOff)
 			v.entry.NextAttemptAt = now.Add(v.delay)
 		case ack, deadLetter, giveBack:
 		}

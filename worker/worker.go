@@ -126,8 +126,9 @@ func New(cfg Config, deps Deps) (*Worker, error) {
 	}
 	w.metrics = newMetrics(deps.Registerer, w.cfg.Handlers, w.check)
 	for _, r := range w.cfg.Handlers {
+		p := &proof{}
 		for range w.cfg.Concurrency {
-			w.loops[r.Handler.Name()] = append(w.loops[r.Handler.Name()], newLoop(w, r.Handler))
+			w.loops[r.Handler.Name()] = append(w.loops[r.Handler.Name()], newLoop(w, r.Handler, p))
 		}
 	}
 	return w, nil

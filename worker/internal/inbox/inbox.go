@@ -56,6 +56,7 @@ type Known struct {
 	ReplayID      string
 	Seq           uint64 // of the delivery that the row is of
 	Late          bool   // the last attempt ran out of time
+	PutOff        bool   // the database refused it last time, which was no attempt
 }
 
 // For is what the log says to this delivery of the event. A deliberate replay that the log has not seen yet
@@ -117,6 +118,7 @@ func (i *Inbox) Find(ctx context.Context, tx *gorm.DB, ids []string) (map[string
 		k.FirstFailedAt, k.NextAttemptAt, k.WrittenAt, k.ReplayID = first.Time, next.Time, written.Time, replay.String
 		k.Seq = uint64(max(seq.Int64, 0))
 		k.Late = reason.String == string(deadletter.Timeout)
+		k.PutOff = k.Status == Retrying && !reason.Valid
 		known[id] = k
 	}
 	if err := rows.Err(); err != nil {
