@@ -22,7 +22,8 @@ import (
 // Handler applies events to one concern, inside the caller's transaction, which also records that
 // they were applied. Events come in no order; the same one may come again after a failure. An error
 // rolls all of the batch back: the caller then finds the event that caused it and calls again
-// without it. Handle may be called by several workers at once, and must end when ctx does.
+// without it. Handle may be called by several workers at once, and must end when ctx does: after 5 s first; an event
+// that takes longer is then tried alone, with the whole of [Config.HandleTimeout].
 type Handler interface {
 	Name() string
 	Handle(ctx context.Context, tx *gorm.DB, batch []event.Event) error
