@@ -132,7 +132,7 @@ func TestTheServiceGoesOnWithoutOrganizations(t *testing.T) {
 		}
 		return n
 	}
-	assert.Eventually(t, func() bool { return kinds()["incremental succeeded"] >= 2 }, 30*time.Second, 20*time.Millisecond)
+	assert.Eventually(t, func() bool { return kinds()["incremental succeeded"] >= 2 }, 60*time.Second, 20*time.Millisecond)
 	cancel()
 	require.NoError(t, <-done)
 	assert.Equal(t, 1, kinds()["full succeeded"])

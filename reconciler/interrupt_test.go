@@ -60,7 +60,7 @@ func (w *world) serviceRuns(n int) {
 		return n
 	}
 	before := ended()
-	require.Eventually(w.t, func() bool { return ended() >= before+int64(n) }, 30*time.Second, 10*time.Millisecond)
+	require.Eventually(w.t, func() bool { return ended() >= before+int64(n) }, 60*time.Second, 10*time.Millisecond)
 	cancel()
 	require.NoError(w.t, <-done)
 }

@@ -167,5 +167,5 @@ func TestTheServiceFillsANewDatabase(t *testing.T) {
 		cancel()
 		require.NoError(t, <-done)
 	}()
-	require.Eventually(t, func() bool { w.settle(); return len(w.living("users")) == len(want) }, 30*time.Second, 50*time.Millisecond)
+	require.Eventually(t, func() bool { w.settle(); return len(w.living("users")) == len(want) }, 60*time.Second, 50*time.Millisecond)
 }

@@ -30,12 +30,14 @@ const (
 const (
 	// disabledAfter is when Svix disables an endpoint that has only failed (docs.svix.com/retries).
 	disabledAfter = 5 * 24 * time.Hour
-	// listenMost bounds the events that one look goes through: after a sweep there may be many that are not webhooks.
-	listenMost = 10_000
-	listenPage = 500 // asked for at once
+	// listenPage is how many events are asked for at once.
+	listenPage = 500
 	// maxMissing bounds the users that are read to count what is missing.
 	maxMissing = 10_000
 )
+
+// listenMost bounds the events that one look goes through: after a sweep there may be many that are not webhooks. A test needs it small.
+var listenMost = 10_000
 
 // detector compares, for one source, what changed at Clerk with what was received. It knows no clock but its own: a change
 // counts from when it was first seen, not from when Clerk says it was. It is kept in the broker, so that a restart

@@ -37,7 +37,7 @@ func (b *bundle) others(handler string, n int, alone string) row {
 			}
 		}
 		return true
-	}, 30*time.Second, 10*time.Millisecond, "%d events but %s", n, alone)
+	}, 60*time.Second, 10*time.Millisecond, "%d events but %s", n, alone)
 	return rows[alone]
 }
 
@@ -71,8 +71,8 @@ func TestRowThatSomebodyHoldsHoldsUpItsEventsAlone(t *testing.T) {
 	require.NotNil(t, held.Error)
 	assert.Contains(t, *held.Error, "lock timeout")
 	b.publish("later", user("user_later")) // while the lock is held still
-	require.Eventually(t, func() bool { return b.deliveries("mirror")["later"].Status == "processed" }, 20*time.Second, 10*time.Millisecond)
-	require.Eventually(t, func() bool { return len(b.health.Problems()) == 0 }, 20*time.Second, 10*time.Millisecond)
+	require.Eventually(t, func() bool { return b.deliveries("mirror")["later"].Status == "processed" }, 60*time.Second, 10*time.Millisecond)
+	require.Eventually(t, func() bool { return len(b.health.Problems()) == 0 }, 60*time.Second, 10*time.Millisecond)
 
 	require.NoError(t, holder.Rollback().Error)
 	rows := b.settled("mirror", n+2)
@@ -95,7 +95,7 @@ func TestQuietHandlerIsNotHeldUpByARowThatSomebodyHolds(t *testing.T) {
 	for i := range n {
 		b.publish(fmt.Sprintf("held_%d", i), user("user_held"))
 	}
-	require.Eventually(t, func() bool { return strings.Contains(b.health.Problems()["worker mirror"], "lock timeout") }, 20*time.Second, 10*time.Millisecond)
+	require.Eventually(t, func() bool { return strings.Contains(b.health.Problems()["worker mirror"], "lock timeout") }, 60*time.Second, 10*time.Millisecond)
 	for i := range 3 {
 		id := fmt.Sprintf("healthy_%d", i)
 		b.publish(id, user("user_"+id))
@@ -123,7 +123,7 @@ func TestBrokenTriggerOfOneRowHoldsUpItsEventsAlone(t *testing.T) {
 	assert.Zero(t, alone.Attempts)
 	require.NotNil(t, alone.Error)
 	assert.Contains(t, *alone.Error, "nowhere")
-	require.Eventually(t, func() bool { return len(b.health.Problems()) == 0 }, 20*time.Second, 10*time.Millisecond)
+	require.Eventually(t, func() bool { return len(b.health.Problems()) == 0 }, 60*time.Second, 10*time.Millisecond)
 
 	require.NoError(t, db.Exec("CREATE TABLE nowhere (id text)").Error)
 	rows := b.settled("mirror", n)
@@ -143,11 +143,11 @@ func TestSlowEventHoldsUpItselfAlone(t *testing.T) {
 		r.send("slow")
 		r.send(ids("behind", 30)...)
 		r.work()
-		require.Eventually(t, func() bool { return len(r.effects.Count(t)) == 60 }, 30*time.Second, 10*time.Millisecond, "the others do not wait for it")
+		require.Eventually(t, func() bool { return len(r.effects.Count(t)) == 60 }, 60*time.Second, 10*time.Millisecond, "the others do not wait for it")
 		assert.NotContains(t, r.deliveries("effects"), "slow")
 		if database.IsPostgres(db) { // SQLite has one writer, and the slow event is in its transaction
 			r.send("later")
-			require.Eventually(t, func() bool { return r.effects.Count(t)["later"] == 1 }, 10*time.Second, 10*time.Millisecond)
+			require.Eventually(t, func() bool { return r.effects.Count(t)["later"] == 1 }, 60*time.Second, 10*time.Millisecond)
 			assert.NotContains(t, r.deliveries("effects"), "slow")
 		}
 		rows, dead := r.ledger(90 * time.Second)

@@ -58,12 +58,12 @@ func TestPurgeRemovesOnlyWhatIsOldAndSettled(t *testing.T) {
 	r.send(ids("old", 300)...)
 	r.send("stuck")
 	r.send(ids("behind", 300)...)
-	require.Eventually(t, func() bool { return r.streamState().FirstSeq == 301 }, 20*time.Second, 10*time.Millisecond, "everything before the event that is not settled goes")
+	require.Eventually(t, func() bool { return r.streamState().FirstSeq == 301 }, 60*time.Second, 10*time.Millisecond, "everything before the event that is not settled goes")
 	assert.Greater(t, time.Since(sent), 900*time.Millisecond, "nothing goes before its time")
 	r.send(ids("young", 100)...)
 	require.Never(t, func() bool { return r.streamState().FirstSeq != 301 }, 500*time.Millisecond, 50*time.Millisecond, "what is not settled stays, however old, and what came after it")
 	close(hold)
-	require.Eventually(t, func() bool { return r.streamState().Msgs == 0 }, 20*time.Second, 10*time.Millisecond)
+	require.Eventually(t, func() bool { return r.streamState().Msgs == 0 }, 60*time.Second, 10*time.Millisecond)
 	r.ledger(20 * time.Second)
 	assert.NotZero(t, r.logs.FilterMessage("stream purged").Len())
 }
@@ -90,7 +90,7 @@ func TestPurgeLeavesWhatAConsumerOfSomebodyElseNeeds(t *testing.T) {
 	told := func() int {
 		return r.logs.FilterMessage(unsettled).FilterField(zap.String("consumer", "billing")).Len()
 	}
-	require.Eventually(t, func() bool { return told() == 1 }, 20*time.Second, 10*time.Millisecond)
+	require.Eventually(t, func() bool { return told() == 1 }, 60*time.Second, 10*time.Millisecond)
 	assert.Equal(t, uint64(10), r.streamState().Msgs)
 
 	billing, err := r.js.Consumer(t.Context(), stream.Events, "billing")
@@ -100,7 +100,7 @@ func TestPurgeLeavesWhatAConsumerOfSomebodyElseNeeds(t *testing.T) {
 		require.NoError(t, err)
 		require.NoError(t, msg.DoubleAck(t.Context()))
 	}
-	require.Eventually(t, func() bool { return r.streamState().FirstSeq == 5 }, 20*time.Second, 10*time.Millisecond, "what it has settled goes")
+	require.Eventually(t, func() bool { return r.streamState().FirstSeq == 5 }, 60*time.Second, 10*time.Millisecond, "what it has settled goes")
 	require.Never(t, func() bool { return r.streamState().FirstSeq != 5 || told() != 1 }, 500*time.Millisecond, 50*time.Millisecond, "what it has not stays, and that is told once")
 
 	events, err := r.js.Stream(t.Context(), stream.Events)
@@ -109,10 +109,10 @@ func TestPurgeLeavesWhatAConsumerOfSomebodyElseNeeds(t *testing.T) {
 	tight.MaxBytes = int64(r.streamState().Bytes) * 11 / 10
 	_, err = r.js.UpdateStream(t.Context(), tight)
 	require.NoError(t, err)
-	require.Eventually(t, func() bool { return told() == 2 }, 20*time.Second, 10*time.Millisecond, "once more while there is still some room")
+	require.Eventually(t, func() bool { return told() == 2 }, 60*time.Second, 10*time.Millisecond, "once more while there is still some room")
 
 	require.NoError(t, r.js.DeleteConsumer(t.Context(), stream.Events, "billing"))
-	require.Eventually(t, func() bool { return r.streamState().Msgs == 0 }, 20*time.Second, 10*time.Millisecond)
+	require.Eventually(t, func() bool { return r.streamState().Msgs == 0 }, 60*time.Second, 10*time.Millisecond)
 	assert.Equal(t, 2, r.logs.FilterMessage(unsettled).Len(), "of nobody else")
 }
 
@@ -137,7 +137,7 @@ func TestPurgeCountsEveryHandler(t *testing.T) {
 	require.Never(t, func() bool { return r.streamState().Msgs != 100 }, time.Second, 50*time.Millisecond)
 	_, err := js.CreateConsumer(t.Context(), stream.Events, (stream.Topology{}).Consumer(specs[2]))
 	require.NoError(t, err)
-	require.Eventually(t, func() bool { return r.streamState().Msgs == 0 }, 20*time.Second, 20*time.Millisecond)
+	require.Eventually(t, func() bool { return r.streamState().Msgs == 0 }, 60*time.Second, 20*time.Millisecond)
 	assert.Len(t, asleep.Count(t), 100)
 	assert.Empty(t, rare.Count(t))
 }
@@ -166,7 +166,7 @@ func TestFullStreamDrainsByItself(t *testing.T) {
 	}
 	require.ErrorIs(t, err, stream.ErrFull, "which ingest answers with 503 stream_full")
 	r.work()
-	require.Eventually(t, func() bool { return publish("after") == nil }, 20*time.Second, 20*time.Millisecond)
+	require.Eventually(t, func() bool { return publish("after") == nil }, 60*time.Second, 20*time.Millisecond)
 	r.accepted = append(r.accepted, "after")
 	r.ledger(20 * time.Second)
 }
@@ -188,7 +188,7 @@ func TestFullDeadLetterStreamKeepsTheEventAndStopsNobody(t *testing.T) {
 	r.send(ids("fine", 20)...)
 	require.Eventually(t, func() bool {
 		return len(r.effects.Count(t)) == 20 && r.logs.FilterMessageSnippet("dead letter has no room").Len() > 0
-	}, 20*time.Second, 10*time.Millisecond)
+	}, 60*time.Second, 10*time.Millisecond)
 	assert.Empty(t, r.health.Problems(), "the handler still works")
 	cfg.MaxBytes = was
 	_, err = r.js.UpdateStream(t.Context(), cfg)
@@ -220,7 +220,7 @@ func TestDeliveriesAreForgottenInSmallStepsAndNotTooSoon(t *testing.T) {
 		require.Eventually(t, func() bool {
 			var n int64
 			return db.Table("deliveries").Where("event_id LIKE 'gone%'").Count(&n).Error == nil && n == 0
-		}, 30*time.Second, 20*time.Millisecond)
+		}, 60*time.Second, 20*time.Millisecond)
 		var left int64
 		require.NoError(t, db.Table("deliveries").Where("event_id LIKE 'stays%'").Count(&left).Error)
 		assert.EqualValues(t, 5, left)
@@ -263,8 +263,8 @@ func TestDiskFullFreezesTheStreamUntilARestart(t *testing.T) {
 	require.ErrorIs(t, publish("frozen"), stream.ErrUnavailable)
 	srv.Stop()
 	srv.Start()
-	require.Eventually(t, js.Conn().IsConnected, 20*time.Second, 10*time.Millisecond)
-	require.Eventually(t, func() bool { return publish("again") == nil }, 20*time.Second, 50*time.Millisecond)
+	require.Eventually(t, js.Conn().IsConnected, 60*time.Second, 10*time.Millisecond)
+	require.Eventually(t, func() bool { return publish("again") == nil }, 60*time.Second, 50*time.Millisecond)
 	s, err := js.Stream(t.Context(), stream.Events)
 	require.NoError(t, err)
 	state := s.CachedInfo().State

@@ -126,7 +126,7 @@ func (b *bundle) settled(handler string, want int) map[string]row {
 		}
 		c, err := b.js.Consumer(context.Background(), stream.Events, handler)
 		return err == nil && c.CachedInfo().NumPending == 0 && c.CachedInfo().NumAckPending == 0
-	}, 30*time.Second, 10*time.Millisecond, "want %d settled events", want)
+	}, 60*time.Second, 10*time.Millisecond, "want %d settled events", want)
 	return rows
 }
 
@@ -205,7 +205,7 @@ func TestReplayOfALetterDoesNotRepeatWhatWasAppliedMeanwhile(t *testing.T) {
 		replay(stream.LetterReplay + "7:x")
 		assert.Len(t, b.counted(), 1)
 		replay("run:1") // on purpose
-		require.Eventually(t, func() bool { return len(b.counted()) == 2 }, 10*time.Second, 10*time.Millisecond)
+		require.Eventually(t, func() bool { return len(b.counted()) == 2 }, 60*time.Second, 10*time.Millisecond)
 	})
 }
 
@@ -350,7 +350,7 @@ func TestWorkerWaitsForSetup(t *testing.T) {
 	b.run(worker.Config{})
 	require.Eventually(t, func() bool {
 		return strings.Contains(b.health.Problems()["worker mirror"], "usher setup")
-	}, 10*time.Second, 10*time.Millisecond)
+	}, 60*time.Second, 10*time.Millisecond)
 	srv.Setup(worker.Specs()...)
 	b.publish("msg_1", user("user_1"))
 	b.settled("mirror", 1)

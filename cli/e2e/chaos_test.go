@@ -127,7 +127,7 @@ func newCluster(t *testing.T, databaseURL string, ackWait time.Duration) *cluste
 	nc, err := stream.Connect("nats://"+broker, "", "test", zap.NewNop())
 	require.NoError(t, err)
 	t.Cleanup(nc.Close)
-	require.Eventually(t, nc.IsConnected, 20*time.Second, 10*time.Millisecond)
+	require.Eventually(t, nc.IsConnected, 60*time.Second, 10*time.Millisecond)
 	c.js, err = stream.JetStream(nc)
 	require.NoError(t, err)
 	topology := stream.Topology{Replicas: 1, MaxBytes: 4 << 30, Handlers: worker.Specs()}
@@ -207,7 +207,7 @@ func (c *cluster) metric(series string) string {
 
 func (c *cluster) ready() {
 	c.t.Helper()
-	require.Eventually(c.t, func() bool { return c.problems("ingest") == nil && c.problems("worker") == nil }, 30*time.Second, 20*time.Millisecond,
+	require.Eventually(c.t, func() bool { return c.problems("ingest") == nil && c.problems("worker") == nil }, 60*time.Second, 20*time.Millisecond,
 		"worker: %s", &c.processes["worker"].stderr)
 }
 
@@ -336,12 +336,12 @@ func TestOutagesUnderLoad(t *testing.T) {
 		}, away+90*time.Second, 50*time.Millisecond)
 		return time.Since(start)
 	}
-	require.Eventually(t, func() bool { return applied() > rate }, 30*time.Second, 20*time.Millisecond)
+	require.Eventually(t, func() bool { return applied() > rate }, 60*time.Second, 20*time.Millisecond)
 
 	before := accepted()
 	server.Stop()
 	gone := time.Now()
-	require.Eventually(t, func() bool { return c.metric(`usher_worker_paused{handler="mirror"}`) == "1" }, 20*time.Second, 10*time.Millisecond)
+	require.Eventually(t, func() bool { return c.metric(`usher_worker_paused{handler="mirror"}`) == "1" }, 60*time.Second, 10*time.Millisecond)
 	assert.Contains(t, c.problems("worker")["worker mirror"], "paused")
 	assert.Nil(t, c.problems("ingest"), "ingest takes events while the database is away")
 	<-time.After(away - time.Since(gone))
@@ -356,7 +356,7 @@ func TestOutagesUnderLoad(t *testing.T) {
 	_ = c.processes["nats-server"].wait(20 * time.Second)
 	require.Eventually(t, func() bool {
 		return c.metric(`usher_worker_paused{handler="mirror"}`) == "1" && strings.Contains(c.problems("ingest")["broker"], "not connected")
-	}, 20*time.Second, 10*time.Millisecond)
+	}, 60*time.Second, 10*time.Millisecond)
 	assert.Contains(t, c.problems("worker")["worker mirror"], "broker")
 	status, err := postOne(c.webhooks)
 	require.NoError(t, err)
@@ -438,7 +438,7 @@ func TestFullDiskIsSaidAndMended(t *testing.T) {
 	require.Eventually(t, func() bool {
 		text = fmt.Sprint(problemsAt(s.OpsURL))
 		return strings.Contains(text, "free space")
-	}, 20*time.Second, 50*time.Millisecond, "readiness must say what to do")
+	}, 60*time.Second, 50*time.Millisecond, "readiness must say what to do")
 	t.Logf("%d events, then 503; readiness: %s", len(answered), text)
 
 	require.NoError(t, syscall.Mount("tmpfs", dataDir, "tmpfs", syscall.MS_REMOUNT, "size=128m"))
@@ -457,6 +457,6 @@ func TestFullDiskIsSaidAndMended(t *testing.T) {
 			}
 		}
 		return true
-	}, 30*time.Second, 50*time.Millisecond)
+	}, 60*time.Second, 50*time.Millisecond)
 	assert.Equal(t, 0, p.stop(), p.stderr.String())
 }

@@ -99,7 +99,7 @@ func TestDevPrintsWhereItListensAndCleansUp(t *testing.T) {
 	require.Eventually(t, func() bool {
 		code, stdout, _ := run(t, env, "events", "list", "--output", "json")
 		return code == 0 && json.Unmarshal([]byte(stdout), &events) == nil && len(events.Items) == 1
-	}, 20*time.Second, 20*time.Millisecond)
+	}, 60*time.Second, 20*time.Millisecond)
 	assert.Equal(t, "user.created", events.Items[0].Type)
 	code, stdout, _ := run(t, env, "events", "show", events.Items[0].ID)
 	assert.Equal(t, 0, code)
@@ -161,7 +161,7 @@ func TestServeWaitsForADatabaseThatStartsLater(t *testing.T) {
 		"USHER_INGEST_ADDR=" + address, "USHER_CONSOLE_ADDR=127.0.0.1:0", "USHER_OPS_ADDR=" + ops,
 	}
 	p := start(t, env, "serve")
-	require.Eventually(t, func() bool { return get("http://"+address+"/webhooks/clerk") == http.StatusMethodNotAllowed }, 20*time.Second, 5*time.Millisecond,
+	require.Eventually(t, func() bool { return get("http://"+address+"/webhooks/clerk") == http.StatusMethodNotAllowed }, 60*time.Second, 5*time.Millisecond,
 		"ingest needs no database")
 	code, out, stderr := run(t, env, "trigger", "user.created", "--count", "20", "--url", "http://"+address+"/webhooks/clerk")
 	require.Equal(t, 0, code, out+stderr)
@@ -175,7 +175,7 @@ func TestServeWaitsForADatabaseThatStartsLater(t *testing.T) {
 	require.Eventually(t, func() bool {
 		var n int64
 		return db.Table("users").Count(&n).Error == nil && n == 20
-	}, 20*time.Second, 20*time.Millisecond, "what came before the database is applied")
+	}, 60*time.Second, 20*time.Millisecond, "what came before the database is applied")
 	assert.Equal(t, 0, p.stop(), p.stderr.String())
 	assert.Contains(t, p.stderr.String(), "database is away, waiting for it")
 	assert.Contains(t, p.stderr.String(), "database is there")

@@ -143,7 +143,7 @@ func (p *process) ready(dataDir string) state {
 			return false
 		}
 		return get(s.OpsURL+"/readyz") == http.StatusOK
-	}, 30*time.Second, 5*time.Millisecond)
+	}, 60*time.Second, 5*time.Millisecond)
 	return s
 }
 

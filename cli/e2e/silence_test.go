@@ -70,26 +70,26 @@ func TestDisabledEndpointRaisesOneAlert(t *testing.T) {
 			}
 			deliver(20)
 			quiet := time.Now()
-			require.Eventually(t, func() bool { return time.Since(quiet) > 4*time.Second }, 10*time.Second, 50*time.Millisecond)
+			require.Eventually(t, func() bool { return time.Since(quiet) > 4*time.Second }, 60*time.Second, 50*time.Millisecond)
 			assert.Empty(t, b.notices(), "nothing happens at Clerk: no silence")
 
 			sender.Disable()
 			disabled := time.Now()
 			id, events := b.clerk.SignUp()
 			require.NoError(t, sender.Deliver(t.Context(), slices.Values(events)))
-			require.Eventually(t, func() bool { return len(b.notices()) > 0 }, 20*time.Second, 20*time.Millisecond)
+			require.Eventually(t, func() bool { return len(b.notices()) > 0 }, 60*time.Second, 20*time.Millisecond)
 			t.Logf("alert %s after the endpoint was disabled; 3 s are set", time.Since(disabled).Round(100*time.Millisecond))
 			require.Eventually(t, func() bool {
 				var rows int64
 				return b.db.Table("users").Where("id = ?", id).Count(&rows).Error == nil && rows == 1
-			}, 20*time.Second, 20*time.Millisecond, "the reconciler heals what was missed, although no webhook comes")
+			}, 60*time.Second, 20*time.Millisecond, "the reconciler heals what was missed, although no webhook comes")
 
 			sender.Enable()
 			id, events = b.clerk.SignUp()
 			require.NoError(t, sender.Deliver(t.Context(), slices.Values(events)))
-			require.Eventually(t, func() bool { return len(b.notices()) > 1 }, 20*time.Second, 20*time.Millisecond)
+			require.Eventually(t, func() bool { return len(b.notices()) > 1 }, 60*time.Second, 20*time.Millisecond)
 			looked := time.Now()
-			require.Eventually(t, func() bool { return time.Since(looked) > 2*time.Second }, 10*time.Second, 50*time.Millisecond)
+			require.Eventually(t, func() bool { return time.Since(looked) > 2*time.Second }, 60*time.Second, 50*time.Millisecond)
 			got := b.notices()
 			require.Len(t, got, 2, "one alert, one notice of its end")
 			assert.Equal(t, "silence", got[0].Kind)
@@ -117,7 +117,7 @@ func TestUserIsThereBeforeTheWebhook(t *testing.T) {
 	require.Eventually(t, func() bool {
 		var n int64
 		return b.db.Table("reconcile_runs").Where("status = 'succeeded'").Count(&n).Error == nil && n > 0
-	}, 20*time.Second, 20*time.Millisecond)
+	}, 60*time.Second, 20*time.Millisecond)
 	id, events := b.clerk.SignUp()
 	began := time.Now()
 	user, err := c.EnsureUser(ctx, id, 100*time.Millisecond)

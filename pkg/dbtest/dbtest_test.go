@@ -88,5 +88,5 @@ func TestServerEndsWithAKilledProcess(t *testing.T) {
 	assert.Eventually(t, func() bool {
 		left, err := os.ReadDir(dir)
 		return err == nil && len(left) == 0 && database.Ping(context.Background(), db) != nil
-	}, 20*time.Second, 20*time.Millisecond)
+	}, 60*time.Second, 20*time.Millisecond)
 }

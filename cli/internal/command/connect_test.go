@@ -34,7 +34,7 @@ func TestADryRunJudgesAsTheServerDoes(t *testing.T) {
 		var err error
 		state, err = allinone.ReadState(strings.TrimPrefix(shell.env[0], "USHER_DATA_DIR="))
 		return err == nil
-	}, 30*time.Second, 10*time.Millisecond)
+	}, 60*time.Second, 10*time.Millisecond)
 	assert.Equal(t, map[string]string{"clerk": "ins_mine", "staging": "ins_staging"}, state.Instances)
 
 	for _, secret := range []string{fixture.Secret, stagingSecret} {
@@ -47,7 +47,7 @@ func TestADryRunJudgesAsTheServerDoes(t *testing.T) {
 	require.Eventually(t, func() bool {
 		counts := into[listing[deadletter.Count]](shell.Run("dlq", "list", "--count", "-o", "json").want(exitOK)).Items
 		return len(counts) == 1 && counts[0].Events == 6 && counts[0].Reason == deadletter.WrongInstance
-	}, 30*time.Second, 10*time.Millisecond)
+	}, 60*time.Second, 10*time.Millisecond)
 
 	dry := func(h *harness, code int) int {
 		t.Helper()

@@ -107,7 +107,7 @@ func (y *yard) wait(handler, status string, n int) {
 	ok := assert.Eventually(y.t, func() bool {
 		have = y.count("deliveries", "handler = ? AND status = ?", handler, status)
 		return have == n
-	}, 30*time.Second, 5*time.Millisecond)
+	}, 60*time.Second, 5*time.Millisecond)
 	require.True(y.t, ok, "%s: %d rows are %s, want %d", handler, have, status, n)
 }
 
@@ -131,7 +131,7 @@ func (y *yard) quiet(handler string) {
 	require.Eventually(y.t, func() bool {
 		c, err := y.js.Consumer(y.t.Context(), stream.Events, handler)
 		return err == nil && c.CachedInfo().NumPending == 0 && c.CachedInfo().NumAckPending == 0
-	}, 30*time.Second, 5*time.Millisecond)
+	}, 60*time.Second, 5*time.Millisecond)
 }
 
 // broken breaks the mirror for some users, by a rule of the database, and returns what repairs it.

@@ -372,7 +372,7 @@ func TestTailFollowsUntilInterrupted(t *testing.T) {
 	}()
 	eventually := func(condition func() bool) {
 		t.Helper()
-		require.Eventually(t, condition, 20*time.Second, 5*time.Millisecond)
+		require.Eventually(t, condition, 60*time.Second, 5*time.Millisecond)
 	}
 	eventually(func() bool { return strings.Contains(messages.String(), "Following") })
 	id := r.trigger("session.created")[0].ID

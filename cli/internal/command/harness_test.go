@@ -172,7 +172,7 @@ func (r *road) settled(ids ...string) {
 		var n int64
 		err := r.db.Table("deliveries").Where("event_id IN ? AND status IN ('processed', 'dead')", ids).Count(&n).Error
 		return err == nil && n == int64(len(ids)*len(worker.Specs()))
-	}, 20*time.Second, 5*time.Millisecond)
+	}, 60*time.Second, 5*time.Millisecond)
 }
 
 // pretendRunning makes the data folder look like that of a running instance, as a dev in another process does.

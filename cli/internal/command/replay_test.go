@@ -42,7 +42,7 @@ func (y *yard) begun(args ...string) <-chan result {
 // until waits for a condition.
 func (y *yard) until(what string, condition func() bool) {
 	y.t.Helper()
-	require.Eventually(y.t, condition, 30*time.Second, 5*time.Millisecond, what)
+	require.Eventually(y.t, condition, 60*time.Second, 5*time.Millisecond, what)
 }
 
 func TestReplayWaitsForADatabaseThatIsRestarted(t *testing.T) {

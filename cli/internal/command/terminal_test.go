@@ -46,7 +46,7 @@ func (p program) atTerminal(answer string, args ...string) (code int, screen str
 		_, _ = io.Copy(&shown, terminal) // ends with an error once the process has left the terminal
 	}()
 	if answer != "" {
-		asked := assert.Eventually(p.t, func() bool { return strings.HasSuffix(shown.String(), "? [y/N] ") }, 30*time.Second, 5*time.Millisecond)
+		asked := assert.Eventually(p.t, func() bool { return strings.HasSuffix(shown.String(), "? [y/N] ") }, 60*time.Second, 5*time.Millisecond)
 		if asked {
 			_, err = terminal.WriteString(answer)
 			require.NoError(p.t, err)

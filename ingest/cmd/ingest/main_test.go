@@ -99,10 +99,10 @@ func TestStartsBeforeTheBroker(t *testing.T) {
 		_ = resp.Body.Close()
 		return resp.StatusCode
 	}
-	require.Eventually(t, func() bool { return get("/healthz") == 200 }, 10*time.Second, 20*time.Millisecond)
+	require.Eventually(t, func() bool { return get("/healthz") == 200 }, 60*time.Second, 20*time.Millisecond)
 	assert.Equal(t, 503, get("/readyz"))
 	broker.Start()
-	require.Eventually(t, func() bool { return get("/readyz") == 200 }, 10*time.Second, 20*time.Millisecond)
+	require.Eventually(t, func() bool { return get("/readyz") == 200 }, 60*time.Second, 20*time.Millisecond)
 	require.NoError(t, cmd.Process.Signal(os.Signal(syscall.SIGTERM)))
 	require.NoError(t, cmd.Wait(), stderr.String())
 	assert.NotContains(t, stderr.String(), "Y2xlcmst")

@@ -1,0 +1,4 @@
+package reconciler
+
+// A backlog longer than one look is quick to make.
+func init() { listenMost = 2 * listenPage }
