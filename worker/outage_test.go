@@ -235,7 +235,7 @@ func TestEveryFaultOfAHandlerIsItsEventsOwn(t *testing.T) {
 	cancel()
 	foreign := &net.OpError{Op: "dial", Net: "tcp", Err: errors.New("connection refused")}
 	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {
-		cfg := worker.Config{Attempts: 3, RetryInitial: 20 * time.Millisecond, RetryMax: 50 * time.Millisecond, HandleTimeout: time.Second}
+		cfg := worker.Config{Attempts: 3, RetryInitial: 20 * time.Millisecond, RetryMax: 50 * time.Millisecond, HandleTimeout: 3 * time.Second}
 		r := newRig(t, db, cfg, func(h worker.Handler) worker.Handler {
 			h = faults.Fail(h, 1, faults.IDs("fail_once"), faults.ErrFault)
 			h = faults.Fail(h, 2, faults.IDs("fail_twice"), faults.ErrFault)
