@@ -235,7 +235,7 @@ func TestEveryFaultOfAHandlerIsItsEventsOwn(t *testing.T) {
 	cancel()
 	foreign := &net.OpError{Op: "dial", Net: "tcp", Err: errors.New("connection refused")}
 	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {
-		cfg := worker.Config{Attempts: 3, RetryInitial: 20 * time.Millisecond, RetryMax: 50 * time.Millisecond, HandleTimeout: 3 * time.Second}
+		cfg := worker.Config{Attempts: 3, RetryInitial: 20 * time.Millisecond, RetryMax: 50 * time.Millisecond}
 		r := newRig(t, db, cfg, func(h worker.Handler) worker.Handler {
 			h = faults.Fail(h, 1, faults.IDs("fail_once"), faults.ErrFault)
 			h = faults.Fail(h, 2, faults.IDs("fail_twice"), faults.ErrFault)
@@ -260,12 +260,16 @@ func TestEveryFaultOfAHandlerIsItsEventsOwn(t *testing.T) {
 			})
 		})
 		r.send(ids("fine", 40)...)
-		r.send("fail_once", "fail_twice", "fail_always", "permanent", "later", "outside_timeout", "outside_away", "panic_once", "panic_always", "forget", "constraint")
+		r.send("fail_once", "fail_twice", "fail_always", "permanent", "later", "outside_away", "panic_once", "panic_always", "forget", "constraint")
 		r.send(ids("well", 40)...)
 		r.work()
 		r.ledger(30 * time.Second)
 		assert.Zero(t, r.logs.FilterMessage("outage, handler pauses").Len(), "an event's own error pauses nobody")
-		r.send("hang_once", "hang_always") // by themselves, since what stands in a batch with them is tried again
+		first := r.logs
+		r.stop()
+		r.cfg.HandleTimeout = time.Second
+		r.work()
+		r.send("hang_once", "hang_always", "outside_timeout") // by themselves, since what stands in a batch with them is tried again
 		rows, dead := r.ledger(60 * time.Second)
 		assert.Equal(t, map[string]bool{"fail_always": true, "permanent": true, "outside_timeout": true, "outside_away": true, "panic_always": true, "hang_always": true, "constraint": true}, dead)
 		for id, want := range map[string]struct {
@@ -281,11 +285,11 @@ func TestEveryFaultOfAHandlerIsItsEventsOwn(t *testing.T) {
 				assert.Equal(t, want.reason, *rows[id].Reason, id)
 			}
 		}
-		assert.NotEmpty(t, r.logs.FilterMessage("handler panicked").All()[0].ContextMap()["stack"])
+		assert.NotEmpty(t, first.FilterMessage("handler panicked").All()[0].ContextMap()["stack"])
 		if database.IsPostgres(db) { // who hangs on SQLite holds its only writer
 			assert.Zero(t, r.logs.FilterMessage("outage, handler pauses").Len(), "an event's own error pauses nobody")
 		}
-		for _, e := range r.logs.FilterMessage("event failed, will retry").All() {
+		for _, e := range first.FilterMessage("event failed, will retry").All() {
 			if e.ContextMap()["event_id"] == "later" {
 				assert.Equal(t, 500*time.Millisecond, e.ContextMap()["delay"])
 			}
