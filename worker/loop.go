@@ -663,10 +663,8 @@ func (l *loop) failAll(ctx context.Context, failures []failure) {
 		return
 	}
 	verdicts := l.judge(ctx, failures)
-	for _, of := range []action{retry, pause} {
-		if l.record(ctx, verdicts, of) {
-			l.settleFailed(verdicts, of)
-		}
+	if l.record(ctx, verdicts, retry) {
+		l.settleFailed(verdicts, retry)
 	}
 	l.bury(ctx, verdicts)
 	for _, v := range verdicts {
