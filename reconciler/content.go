@@ -7,11 +7,10 @@ import (
 	"maps"
 	"math/bits"
 	"slices"
-	"strconv"
-	"strings"
 
 	"github.com/tidwall/gjson"
 
+	"github.com/usherhq/usher/pkg/jsondoc"
 	"github.com/usherhq/usher/pkg/mirror"
 )
 
@@ -55,7 +54,7 @@ func differences(table string, object []byte, row string) []Field {
 		if slices.Contains(skip, name) {
 			continue
 		}
-		a, b := canonical(ours[name]), canonical(theirs[name])
+		a, b := jsondoc.Encode(ours[name]), jsondoc.Encode(theirs[name])
 		if !bytes.Equal(a, b) {
 			fields = append(fields, Field{Field: name, Mirror: a, Clerk: b})
 		}
@@ -87,7 +86,7 @@ func digestValue(value gjson.Result) uint64 {
 	case gjson.String:
 		return mix(1, maphash.String(seed, value.Str))
 	case gjson.Number:
-		return mix(2, maphash.String(seed, number(value.Raw)))
+		return mix(2, maphash.String(seed, jsondoc.Number(value.Raw)))
 	case gjson.True:
 		return 3
 	case gjson.False:
@@ -118,55 +117,30 @@ func mix(a, b uint64) uint64 {
 	return hi ^ lo ^ a
 }
 
-// number is one spelling of a number: 1e2 and 100.0 are 100. PostgreSQL writes numbers anew.
-func number(raw string) string {
-	if !strings.ContainsAny(raw, ".eE") && raw != "-0" {
-		return raw
-	}
-	f, err := strconv.ParseFloat(raw, 64)
-	if err != nil {
-		return raw
-	}
-	if f == float64(int64(f)) && f > -1e15 && f < 1e15 {
-		return strconv.FormatInt(int64(f), 10)
-	}
-	return strconv.FormatFloat(f, 'g', -1, 64)
-}
-
+// decode reads the fields of an object, without those that are null, at any depth.
 func decode(doc string) map[string]any {
-	dec := json.NewDecoder(strings.NewReader(doc))
-	dec.UseNumber()
-	var object map[string]any
-	_ = dec.Decode(&object) // what is no object has no fields
+	value, err := jsondoc.Decode([]byte(doc))
+	if err != nil {
+		return nil
+	}
+	object, _ := withoutNulls(value).(map[string]any) // what is no object has no fields
 	return object
 }
 
-// canonical is the one spelling of a decoded value.
-func canonical(value any) json.RawMessage {
-	out, err := json.Marshal(plain(value))
-	if err != nil {
-		return json.RawMessage("null")
-	}
-	return out
-}
-
-// plain takes nulls out of objects and gives numbers their one spelling.
-func plain(value any) any {
+func withoutNulls(value any) any {
 	switch v := value.(type) {
 	case map[string]any:
 		for key, inner := range v {
 			if inner == nil {
 				delete(v, key)
 			} else {
-				v[key] = plain(inner)
+				v[key] = withoutNulls(inner)
 			}
 		}
 	case []any:
 		for i := range v {
-			v[i] = plain(v[i])
+			v[i] = withoutNulls(v[i])
 		}
-	case json.Number:
-		return json.RawMessage(number(v.String()))
 	}
 	return value
 }
@@ -177,5 +151,5 @@ func essence(table string, object []byte) []byte {
 	for _, name := range volatile[table] {
 		delete(fields, name)
 	}
-	return canonical(fields)
+	return jsondoc.Encode(fields)
 }

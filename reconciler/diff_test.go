@@ -61,6 +61,7 @@ func TestDifferencesAreOfValuesNotOfSpellings(t *testing.T) {
 		{`{"a":1,"a":2}`, `{"a":2}`},
 		{`{"a":"x\u0000y"}`, `{"a":"x\ufffdy"}`},
 		{`{"a":12345678901234567890}`, `{"a": 12345678901234567890}`},
+		{`{"a":1e+21,"b":1e2,"c":12345678901234567890.5,"d":1.0}`, `{"a":1000000000000000000000,"b":100,"c":12345678901234567890.50,"d":1}`},
 	} {
 		assert.Empty(t, differences("roles", []byte(same[0]), same[1]), same)
 	}

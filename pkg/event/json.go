@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"iter"
 	"unicode/utf8"
+
+	"github.com/usherhq/usher/pkg/jsondoc"
 )
 
 // What follows reads JSON that is known to be valid, in one pass, without copying and without asking what lies
@@ -108,12 +110,6 @@ func textIn(object []byte, want string) string {
 
 // number reads an integer leniently: 12, 12.0, 1.2e1 and "12" are 12, all else is 0.
 func number(value []byte) int64 {
-	n := json.Number(bytes.Trim(value, `"`))
-	if i, err := n.Int64(); err == nil {
-		return i
-	}
-	if f, err := n.Float64(); err == nil && f > -1e18 && f < 1e18 {
-		return int64(f)
-	}
-	return 0
+	n, _ := jsondoc.Int(string(bytes.Trim(value, `"`)))
+	return n
 }

@@ -2,9 +2,7 @@ package mirror
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
-	"reflect"
 	"strconv"
 	"strings"
 	"time"
@@ -12,6 +10,7 @@ import (
 	"gorm.io/gorm"
 
 	"github.com/usherhq/usher/pkg/database"
+	"github.com/usherhq/usher/pkg/jsondoc"
 )
 
 // Difference is a typed column that does not hold what the row's raw says: what it holds and what it should, as JSON (times as RFC 3339).
@@ -142,7 +141,7 @@ func (c *cell) holds(want value) bool {
 	case c.bytes == nil && c.is.text == want.text, c.bytes != nil && string(c.bytes) == want.text:
 		return true
 	default:
-		return c.kind == JSON && sameJSON(c.text(), want.text)
+		return c.kind == JSON && jsondoc.Equal([]byte(c.text()), []byte(want.text))
 	}
 }
 
@@ -191,41 +190,4 @@ func (v value) json(kind Kind) json.RawMessage {
 func quoted(text string) json.RawMessage {
 	out, _ := json.Marshal(text) // cannot fail
 	return out
-}
-
-// sameJSON tells whether two documents mean the same: order of keys, white space, and spelling of strings and numbers are none of it.
-func sameJSON(a, b string) bool {
-	x, err := meaning(a)
-	if err != nil {
-		return false
-	}
-	y, err := meaning(b)
-	return err == nil && reflect.DeepEqual(x, y)
-}
-
-func meaning(document string) (v any, err error) {
-	if !json.Valid([]byte(document)) { // a decoder stops after the first value
-		return nil, errors.New("not JSON")
-	}
-	decoder := json.NewDecoder(strings.NewReader(document))
-	decoder.UseNumber()
-	err = decoder.Decode(&v)
-	return plain(v), err
-}
-
-// plain gives the numbers in a decoded value their one spelling.
-func plain(v any) any {
-	switch v := v.(type) {
-	case json.Number:
-		return json.Number(decimal(v.String()))
-	case map[string]any:
-		for key, inner := range v {
-			v[key] = plain(inner)
-		}
-	case []any:
-		for i, inner := range v {
-			v[i] = plain(inner)
-		}
-	}
-	return v
 }

@@ -201,13 +201,3 @@ func TestAColumnThatWasChangedByHandIsNamed(t *testing.T) {
 		require.Error(t, err, "not of the mirror")
 	})
 }
-
-func TestNumbersHaveOneSpelling(t *testing.T) {
-	t.Parallel()
-	for number, want := range map[string]string{
-		"0": "0", "-0": "0", "-0.00": "0", "0e9": "0", "12": "12", "-12": "-12", "12.0": "12", "1.50": "1.5", "1.2e1": "12", "1.25E+1": "12.5", "12e-1": "1.2", "12e-3": "0.012", "-1e-2": "-0.01",
-		"1200e-2": "12", "1e3": "1000", "12345678901234567890.10": "12345678901234567890.1", "1e9999999999999999999": "1e9999999999999999999",
-	} {
-		assert.Equal(t, want, mirror.Decimal(number), number)
-	}
-}

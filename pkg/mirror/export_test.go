@@ -16,5 +16,3 @@ func Read(batch []event.Event) error {
 	}
 	return nil
 }
-
-var Decimal = decimal

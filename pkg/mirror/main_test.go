@@ -16,6 +16,7 @@ import (
 	"github.com/usherhq/usher/pkg/database"
 	"github.com/usherhq/usher/pkg/dbtest"
 	"github.com/usherhq/usher/pkg/event"
+	"github.com/usherhq/usher/pkg/jsondoc"
 	"github.com/usherhq/usher/pkg/mirror"
 )
 
@@ -116,12 +117,8 @@ func show(t testing.TB, kind mirror.Kind, value any) string {
 	case kind == mirror.JSON:
 		text, ok := value.(string)
 		require.True(t, ok)
-		decoder := json.NewDecoder(strings.NewReader(text))
-		decoder.UseNumber()
-		var v any
-		require.NoError(t, decoder.Decode(&v), text)
-		canonical, err := json.Marshal(v)
-		require.NoError(t, err)
+		canonical, err := jsondoc.Canonical([]byte(text))
+		require.NoError(t, err, text)
 		return string(canonical)
 	case kind == mirror.Int:
 		return fmt.Sprint(value)

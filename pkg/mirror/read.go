@@ -1,14 +1,13 @@
 package mirror
 
 import (
-	"math"
-	"strconv"
 	"strings"
 	"time"
 
 	"github.com/tidwall/gjson"
 
 	"github.com/usherhq/usher/pkg/event"
+	"github.com/usherhq/usher/pkg/jsondoc"
 )
 
 // value is what one column holds, without a box around it. The zero value is NULL.
@@ -44,7 +43,7 @@ func read(kind Kind, json gjson.Result) value {
 		case json.Type == gjson.String && json.Str != "":
 			return value{set: true, text: json.Str}
 		case json.Type == gjson.Number:
-			return value{set: true, text: decimal(json.Raw)}
+			return value{set: true, text: jsondoc.Number(json.Raw)}
 		}
 	case Bool:
 		if json.Type == gjson.True {
@@ -66,59 +65,14 @@ func read(kind Kind, json gjson.Result) value {
 
 // number reads an integer: 12, 12.0, 1.2e1 and "12" are 12. Of a fraction the integer part counts.
 func number(json gjson.Result) (int64, bool) {
-	if json.Type == gjson.Number {
-		whole, _, _ := strings.Cut(decimal(json.Raw), ".")
-		n, err := strconv.ParseInt(whole, 10, 64)
-		return n, err == nil
-	}
-	if json.Type != gjson.String {
+	switch json.Type {
+	case gjson.Number:
+		return jsondoc.Int(json.Raw)
+	case gjson.String:
+		return jsondoc.Int(json.Str)
+	default:
 		return 0, false
 	}
-	if n, err := strconv.ParseInt(json.Str, 10, 64); err == nil {
-		return n, true
-	}
-	if f, err := strconv.ParseFloat(json.Str, 64); err == nil && math.Abs(f) < 1e18 {
-		return int64(f), true
-	}
-	return 0, false
-}
-
-// decimal is the one spelling of a JSON number: 1e2 and 100.0 are 100, -0 is 0. Exact, whatever the size.
-func decimal(number string) string {
-	if !strings.ContainsAny(number, ".eE") && number != "-0" {
-		return number
-	}
-	mantissa, sign := number, ""
-	exponent := 0
-	if i := strings.IndexAny(number, "eE"); i >= 0 {
-		n, err := strconv.Atoi(number[i+1:])
-		if err != nil || n < -maxExponent || n > maxExponent { // not clean
-			return number
-		}
-		mantissa, exponent = number[:i], n
-	}
-	if rest, negative := strings.CutPrefix(mantissa, "-"); negative {
-		mantissa, sign = rest, "-"
-	}
-	whole, fraction, _ := strings.Cut(mantissa, ".")
-	if exponent > 0 {
-		fraction += strings.Repeat("0", max(0, exponent-len(fraction)))
-		whole, fraction = whole+fraction[:exponent], fraction[exponent:]
-	} else if exponent < 0 {
-		whole = strings.Repeat("0", max(0, -exponent-len(whole))) + whole
-		whole, fraction = whole[:len(whole)+exponent], whole[len(whole)+exponent:]+fraction
-	}
-	whole, fraction = strings.TrimLeft(whole, "0"), strings.TrimRight(fraction, "0")
-	switch {
-	case whole == "" && fraction == "":
-		return "0"
-	case whole == "":
-		whole = "0"
-	}
-	if fraction != "" {
-		fraction = "." + fraction
-	}
-	return sign + whole + fraction
 }
 
 // integer is number with 0 for what is none.

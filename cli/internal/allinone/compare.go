@@ -3,13 +3,13 @@ package allinone
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"fmt"
 	"slices"
 
 	"gorm.io/gorm"
 
 	"github.com/usherhq/usher/pkg/emulator"
+	"github.com/usherhq/usher/pkg/jsondoc"
 	"github.com/usherhq/usher/pkg/mirror"
 )
 
@@ -48,7 +48,7 @@ func Compare(ctx context.Context, db *gorm.DB, clerk *emulator.Clerk, limit int)
 				diffs = append(diffs, fmt.Sprintf("%s %s is missing", table, object.ID))
 			case r.deleted:
 				diffs = append(diffs, fmt.Sprintf("%s %s is deleted, and lives at Clerk", table, object.ID))
-			case !sameJSON(r.raw, object.JSON):
+			case !jsondoc.Equal(r.raw, mirror.Clean(object.JSON)):
 				diffs = append(diffs, fmt.Sprintf("%s %s has other content", table, object.ID))
 			}
 		}
@@ -60,25 +60,6 @@ func Compare(ctx context.Context, db *gorm.DB, clerk *emulator.Clerk, limit int)
 	}
 	slices.Sort(diffs)
 	return diffs[:min(len(diffs), limit)], nil
-}
-
-// sameJSON compares what a database made of a document (order of keys, white space, NULs) with the original.
-func sameJSON(have, want []byte) bool {
-	return bytes.Equal(canonical(have), canonical(mirror.Clean(want)))
-}
-
-func canonical(doc []byte) []byte {
-	dec := json.NewDecoder(bytes.NewReader(doc))
-	dec.UseNumber()
-	var v any
-	if dec.Decode(&v) != nil {
-		return doc
-	}
-	out, err := json.Marshal(v)
-	if err != nil {
-		return doc
-	}
-	return out
 }
 
 func firstError(errs ...error) error {
