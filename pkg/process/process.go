@@ -62,7 +62,8 @@ type Process struct {
 	// Closers are closed in reverse order once the service has stopped, or could not start.
 	Closers lifecycle.Closers
 
-	name string
+	name   string
+	guards []lifecycle.Service // of what the process cannot do without
 }
 
 // Main runs a program until SIGINT or SIGTERM and exits. It takes no arguments but --help.
@@ -134,14 +135,15 @@ func (p *Process) run(ctx context.Context, start func(context.Context, *Process)
 		return fmt.Errorf("start: %w", err)
 	}
 	p.Log.Info("operations listen", zap.String("service", p.name), zap.String("addr", ops.Addr()))
-	return lifecycle.Run(ctx, ops, service)
+	return lifecycle.Run(ctx, append(p.guards, ops, service)...)
 }
 
 // drainTime bounds the draining of the connection, which the services have flushed by then where it matters to them. A broker
 // that hangs would else hold the stop for 15 s, and a supervisor gives a process 30 s or fewer in all.
 const drainTime = 3 * time.Second
 
-// Connect opens the process's connection to the broker, which may be away, and the JetStream on it. It is drained when
+// Connect opens the process's connection to the broker, which may be unavailable, and the JetStream on it. A connection that is closed
+// before the process stops ends the process. It is drained when
 // the process's closers close: what was sent before has then reached the broker, if that answers within 3 s.
 func (p *Process) Connect() (jetstream.JetStream, error) {
 	closed := make(chan struct{})
@@ -162,6 +164,7 @@ func (p *Process) Connect() (jetstream.JetStream, error) {
 		}
 		return nil
 	})
+	p.guards = append(p.guards, stream.Guard{Conn: nc})
 	return stream.JetStream(nc)
 }
 

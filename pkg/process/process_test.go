@@ -227,6 +227,19 @@ func TestTheConnectionIsDrained(t *testing.T) {
 	require.Eventually(t, func() bool { return broker.Server().NumClients() == 1 }, 15*time.Second, 5*time.Millisecond)
 }
 
+// The client library closes a connection for good now and then; nothing in the process would open it again.
+func TestAConnectionThatIsClosedEndsTheProcess(t *testing.T) {
+	t.Parallel()
+	server := natstest.New(t)
+	conns := make(chan *nats.Conn, 1)
+	code := make(chan int, 1)
+	go func() {
+		code <- process.Run(t.Context(), environ("USHER_NATS_URL="+server.URL()), io.Discard, program(nil, conns))
+	}()
+	(<-conns).Close()
+	assert.Equal(t, process.Failed, <-code)
+}
+
 func TestABrokerThatHangsHoldsNoStop(t *testing.T) {
 	t.Parallel()
 	for _, full := range []bool{false, true} { // the socket to it

@@ -8,8 +8,6 @@ import (
 	"time"
 
 	"github.com/cenkalti/backoff/v4"
-	"github.com/nats-io/nats.go"
-	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/usherhq/usher/pkg/database"
 	"github.com/usherhq/usher/pkg/stream"
@@ -17,42 +15,28 @@ import (
 
 // What the broker's own errors mean to the person who began the run.
 var (
-	ErrAway = errors.New("the broker does not answer: check that it runs and can be reached")
+	ErrAway = stream.ErrUnavailable
 	ErrFull = errors.New("stream " + stream.Events + " has no room, so nothing more can be published: see what is not settled, " +
 		"shorten USHER_RETENTION (workers purge what is older and settled every five minutes) or give the stream more room")
 )
 
-// explained is an error of the broker's in words that say what to do.
-type explained struct{ words, cause error }
+// full is an error of the broker's in words that say what to do.
+type full struct{ cause error }
 
-func (e *explained) Error() string   { return e.words.Error() }
-func (e *explained) Unwrap() []error { return []error{e.words, e.cause} }
+func (e *full) Unwrap() []error { return []error{ErrFull, e.cause} }
 
-// Error codes of the broker that the client library has no names for (nats-server server/errors.json).
-const (
-	codeStreamFull  jetstream.ErrorCode = 10077
-	codeNoResources jetstream.ErrorCode = 10023
-)
-
-// Explain turns an error of a call to the broker into [ErrAway] or [ErrFull] where it is one, and leaves others as they are.
-func Explain(err error) error {
-	var api *jetstream.APIError
-	switch {
-	case err == nil, errors.Is(err, ErrAway), errors.Is(err, ErrFull):
-		return err
-	case errors.As(err, &api) && (api.ErrorCode == codeStreamFull || api.ErrorCode == codeNoResources):
-		return &explained{ErrFull, err}
-	case errors.As(err, &api) && api.Code == 503: // it has just started, or has no leader
-		return &explained{ErrAway, err}
+func (e *full) Error() string {
+	if errors.Is(e.cause, stream.ErrStorage) {
+		return e.cause.Error()
 	}
-	for _, away := range []error{
-		nats.ErrReconnectBufExceeded, nats.ErrDisconnected, nats.ErrConnectionReconnecting, nats.ErrConnectionClosed, nats.ErrStaleConnection,
-		nats.ErrTimeout, nats.ErrNoResponders, nats.ErrNoServers, jetstream.ErrNoStreamResponse, jetstream.ErrAsyncPublishTimeout,
-		context.DeadlineExceeded,
-	} {
-		if errors.Is(err, away) {
-			return &explained{ErrAway, err}
-		}
+	return ErrFull.Error()
+}
+
+// Explain is [stream.Explain] for a run: it says of a full stream which one it is.
+func Explain(err error) error {
+	err = stream.Explain(err)
+	if errors.Is(err, stream.ErrFull) && !errors.Is(err, ErrFull) {
+		return &full{err}
 	}
 	return err
 }

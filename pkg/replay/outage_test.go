@@ -26,7 +26,7 @@ func TestBrokersErrorsSayWhatToDo(t *testing.T) {
 		err := replay.Explain(fmt.Errorf("publish: %w", away))
 		require.ErrorIs(t, err, replay.ErrAway)
 		require.ErrorIs(t, err, away)
-		assert.Equal(t, replay.ErrAway.Error(), err.Error())
+		assert.NotContains(t, err.Error(), "nats:")
 		assert.Equal(t, err, replay.Explain(err))
 	}
 	for _, code := range []jetstream.ErrorCode{10077, 10023} {

@@ -1,8 +1,10 @@
 package stream
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -15,14 +17,17 @@ import (
 const PublishTimeout = 4 * time.Second
 
 // Connect dials the broker and keeps the connection alive for ever: it returns at once, also while
-// the broker is away, and a publish fails at once instead of being buffered while it is. Name is
+// the broker is unavailable, and a publish fails at once instead of being buffered while it is. A refused login counts
+// as unavailable: a password may be rotated back, a permission returned. Name is
 // the service's, as operators see it in the broker's connection list. creds is a credentials file,
 // empty for none. opts come last and may override. The error is about the URL or the credentials.
 func Connect(url, creds, name string, log *zap.Logger, opts ...nats.Option) (*nats.Conn, error) {
+	var failed atomic.Pointer[string] // why the last try failed: every try would say the same
 	options := []nats.Option{
 		nats.Name("usher-" + name),
 		nats.MaxReconnects(-1),
 		nats.RetryOnFailedConnect(true),
+		nats.IgnoreAuthErrorAbort(),
 		nats.ReconnectWait(250 * time.Millisecond),
 		nats.ReconnectJitter(100*time.Millisecond, 500*time.Millisecond),
 		nats.ReconnectBufSize(-1),
@@ -37,12 +42,28 @@ func Connect(url, creds, name string, log *zap.Logger, opts ...nats.Option) (*na
 		nats.CustomInboxPrefix("_INBOX_" + name),
 		nats.DisconnectErrHandler(func(_ *nats.Conn, err error) {
 			if err != nil {
-				log.Warn("broker connection lost", zap.Error(err))
+				log.Warn("broker connection lost", zap.Error(Explain(err)))
 			}
 		}),
-		nats.ReconnectHandler(func(*nats.Conn) { log.Info("broker connected again") }),
-		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) {
-			log.Warn("broker reported an error", zap.Error(err))
+		nats.ReconnectErrHandler(func(_ *nats.Conn, err error) {
+			text := notConnected(err).Error()
+			if last := failed.Swap(&text); last == nil || *last != text {
+				log.Warn("cannot connect to the broker, trying again", zap.String("reason", text))
+			}
+		}),
+		nats.ConnectHandler(func(*nats.Conn) { failed.Store(nil) }),
+		nats.ReconnectHandler(func(*nats.Conn) {
+			failed.Store(nil)
+			log.Info("broker connected again")
+		}),
+		nats.ErrorHandler(func(nc *nats.Conn, _ *nats.Subscription, err error) {
+			if !nc.IsConnected() { // a refused login among others, each time
+				text := notConnected(err).Error()
+				if last := failed.Swap(&text); last != nil && *last == text {
+					return
+				}
+			}
+			log.Warn("broker reported an error", zap.Error(Explain(err)))
 		}),
 	}
 	if creds != "" {
@@ -67,5 +88,57 @@ func JetStream(nc *nats.Conn) (jetstream.JetStream, error) {
 	return js, nil
 }
 
-// ErrSetup tells that a stream or a consumer is missing.
-var ErrSetup = errors.New("streams or consumers are missing: run `usher setup`")
+// Guard is a service that fails once the connection is closed by anything but the process itself: nothing opens it again, and
+// a supervisor's restart does. It implements lifecycle.Service.
+type Guard struct{ Conn *nats.Conn }
+
+// Name implements lifecycle.Service.
+func (Guard) Name() string { return "broker connection" }
+
+// Run returns nil when ctx is done, and an error when the connection was closed before.
+func (g Guard) Run(ctx context.Context) error {
+	closed := g.Conn.StatusChanged(nats.CLOSED)
+	defer g.Conn.RemoveStatusListener(closed)
+	if !g.Conn.IsClosed() {
+		select {
+		case <-closed:
+		case <-ctx.Done():
+			return nil
+		}
+	}
+	if err := g.Conn.LastError(); err != nil {
+		return fmt.Errorf("closed for good, a restart opens it again: %w", Explain(err))
+	}
+	return errors.New("closed for good, a restart opens it again")
+}
+
+// Lookup finds a stream. The error is in words, as of [Explain].
+func Lookup(ctx context.Context, js jetstream.JetStream, name string) (jetstream.Stream, error) {
+	s, err := js.Stream(ctx, name)
+	if err == nil {
+		err = leads(s.CachedInfo())
+	}
+	if err != nil {
+		return nil, fmt.Errorf("stream %s: %w", name, Explain(err))
+	}
+	return s, nil
+}
+
+// leads tells whether a stream has a leader that a majority of its servers can follow. A leader that has lost them answers for some
+// seconds as if nothing had happened.
+func leads(info *jetstream.StreamInfo) error {
+	cluster := info.Cluster
+	if cluster == nil {
+		return nil
+	}
+	running, all := 1, 1+len(cluster.Replicas)
+	for _, replica := range cluster.Replicas {
+		if !replica.Offline {
+			running++
+		}
+	}
+	if cluster.Leader == "" || 2*running <= all {
+		return ErrNoLeader
+	}
+	return nil
+}

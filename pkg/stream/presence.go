@@ -12,8 +12,8 @@ import (
 	"go.uber.org/zap"
 )
 
-// Presence follows whether streams exist, for the readiness of a service that needs them. It creates
-// nothing: it says [ErrSetup] until somebody ran `usher setup`, and notices by itself when that was done.
+// Presence follows whether streams exist and can be used, for the readiness of a service that needs them. It creates
+// nothing: it says [ErrSetup] until `usher setup` has run, and notices by itself when that was done.
 type Presence struct {
 	nc      *nats.Conn
 	js      jetstream.JetStream
@@ -35,8 +35,8 @@ func NewPresence(nc *nats.Conn, js jetstream.JetStream, log *zap.Logger, streams
 
 // Check implements observe.Check: it answers from memory.
 func (p *Presence) Check() error {
-	if !p.nc.IsConnected() {
-		return nats.ErrDisconnected
+	if err := Connected(p.nc); err != nil {
+		return err
 	}
 	return *p.state.Load()
 }
@@ -52,9 +52,9 @@ func (p *Presence) Run(ctx context.Context) {
 		}
 		if last := *p.state.Swap(&err); fmt.Sprint(last) != fmt.Sprint(err) {
 			if err != nil {
-				p.log.Warn("streams are not there", zap.Error(err))
+				p.log.Warn("streams are unavailable", zap.Error(err))
 			} else {
-				p.log.Info("streams are there")
+				p.log.Info("streams are available")
 			}
 		}
 		select {
@@ -66,13 +66,15 @@ func (p *Presence) Run(ctx context.Context) {
 }
 
 func (p *Presence) look(ctx context.Context) error {
+	if err := Connected(p.nc); err != nil {
+		return err
+	}
 	for _, name := range p.streams {
-		_, err := p.js.Stream(ctx, name)
-		if errors.Is(err, jetstream.ErrStreamNotFound) {
-			return ErrSetup
-		}
+		ctx, cancel := context.WithTimeout(ctx, PublishTimeout)
+		_, err := Lookup(ctx, p.js, name)
+		cancel()
 		if err != nil {
-			return fmt.Errorf("look up stream %s: %w", name, err)
+			return err
 		}
 	}
 	return nil

@@ -14,15 +14,6 @@ import (
 	"github.com/usherhq/usher/pkg/event"
 )
 
-// Errors of a publish. Whatever is not one of these is wrapped in ErrUnavailable: the event may or
-// may not be stored, and publishing it again is safe.
-var (
-	ErrUnavailable = errors.New("broker is unavailable")
-	ErrFull        = errors.New("stream is full")
-	ErrTooLarge    = errors.New("event is larger than the broker takes")
-	ErrClosed      = errors.New("publisher is closed")
-)
-
 // Bounds of one group commit. From minBatch events on, one atomic batch (a fixed number of fsyncs) is
 // cheaper than one fsync an event; the break-even was measured at about 12 (docs/performance.md).
 const (
@@ -97,9 +88,6 @@ func NewPublisher(js jetstream.JetStream, replicas int) *Publisher {
 // an error that is not ErrFull or ErrTooLarge the event may still be stored; publishing it again with
 // the same id is safe. ctx should have a deadline.
 func (p *Publisher) Publish(ctx context.Context, e *event.Event) (Ack, error) {
-	if p.recent.has(e.ID) {
-		return Ack{Duplicate: true}, nil
-	}
 	if !p.grouped {
 		if !p.enter() {
 			return Ack{}, ErrClosed
@@ -202,21 +190,23 @@ func (p *Publisher) collect(first *item) []*item {
 
 // commit stores one group and answers every item of it.
 func (p *Publisher) commit(group []*item) {
-	var todo []*item // one an id, in order
+	var todo, again []*item // one an id, in order
 	followers := map[string][]*item{}
 	for _, it := range group {
 		switch {
 		case it.ctx.Err() != nil: // its caller has gone: do not store for nobody
 			it.done <- result{err: fmt.Errorf("publish %s: %w: %w", it.event.ID, ErrUnavailable, it.ctx.Err())}
-		case p.recent.has(it.event.ID):
-			it.done <- result{ack: Ack{Duplicate: true}}
 		default:
 			if _, seen := followers[it.event.ID]; seen {
 				followers[it.event.ID] = append(followers[it.event.ID], it)
 				continue
 			}
 			followers[it.event.ID] = nil
-			todo = append(todo, it)
+			if p.recent.has(it.event.ID) {
+				again = append(again, it)
+			} else {
+				todo = append(todo, it)
+			}
 		}
 	}
 	answer := func(it *item, r result) {
@@ -231,7 +221,12 @@ func (p *Publisher) commit(group []*item) {
 			f.done <- r
 		}
 	}
+	var singly sync.WaitGroup
+	if len(again) > 0 {
+		singly.Go(func() { p.commitEach(again, answer) })
+	}
 	p.commitAll(todo, answer)
+	singly.Wait()
 }
 
 // commitAll stores items in as few batches as it can. The broker refuses all of a batch for one event that it
@@ -305,11 +300,10 @@ func (p *Publisher) publishOne(ctx context.Context, e *event.Event) (Ack, error)
 	for wait := 20 * time.Millisecond; ; wait *= 2 {
 		ack, err := p.js.PublishMsg(ctx, Message(e))
 		if err == nil {
-			p.recent.add(e.ID)
 			return Ack{Duplicate: ack.Duplicate}, nil
 		}
 		var api *jetstream.APIError
-		if !errors.As(err, &api) || api.ErrorCode != errDuplicateInFlight {
+		if !errors.As(err, &api) || api.ErrorCode != codeDuplicate {
 			return Ack{}, fmt.Errorf("publish %s: %w", e.ID, classify(err))
 		}
 		select {
@@ -320,31 +314,19 @@ func (p *Publisher) publishOne(ctx context.Context, e *event.Event) (Ack, error)
 	}
 }
 
-// Error codes of the broker that the client library has no names for (nats-server server/errors.json).
-const (
-	errStoreFailed       jetstream.ErrorCode = 10077 // stream limit reached: "maximum bytes exceeded"
-	errNoResources       jetstream.ErrorCode = 10023 // the server's storage is used up
-	errMessageTooLarge   jetstream.ErrorCode = 10054
-	errDuplicateInFlight jetstream.ErrorCode = 10158
-)
-
+// classify makes an error of a publish one of ErrFull, ErrTooLarge and ErrUnavailable.
 func classify(err error) error {
-	var api *jetstream.APIError
-	switch {
-	case errors.As(err, &api) && (api.ErrorCode == errStoreFailed || api.ErrorCode == errNoResources):
-		return fmt.Errorf("%w: %w", ErrFull, err)
-	case errors.As(err, &api) && api.ErrorCode == errMessageTooLarge, errors.Is(err, nats.ErrMaxPayload):
-		return fmt.Errorf("%w: %w", ErrTooLarge, err)
-	case errors.Is(err, jetstream.ErrNoStreamResponse):
-		return fmt.Errorf("%w: %w: %w", ErrUnavailable, ErrSetup, err)
-	default:
-		return fmt.Errorf("%w: %w", ErrUnavailable, err)
+	err = Explain(err)
+	if errors.Is(err, ErrFull) || errors.Is(err, ErrTooLarge) || errors.Is(err, ErrUnavailable) {
+		return err
 	}
+	return fmt.Errorf("%w: %w", ErrUnavailable, err)
 }
 
-// recent remembers ids that this process stored a moment ago, so that the common duplicate (a sender's quick
-// retry) is answered without the broker and does not refuse the batch that it stands in. It holds at
-// least the last size ids, unless they are older than age.
+// recent remembers ids that this process stored a moment ago, so that the common duplicate (a sender's quick retry) does not refuse
+// the batch that it stands in. Whether an event is stored only the broker knows: it may have lost it since, with the whole stream. The
+// memory decides how an event is published, never what its sender is told. It holds at least the last size ids, unless they are older
+// than age.
 type recent struct {
 	mu       sync.Mutex
 	new, old map[string]struct{}

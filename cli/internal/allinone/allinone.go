@@ -208,6 +208,7 @@ func (i *Instance) connect(b brokerAccess, service string) (jetstream.JetStream,
 		return nil, err
 	}
 	i.closers.Add(func() error { nc.Close(); return nil })
+	i.services = append(i.services, stream.Guard{Conn: nc})
 	return stream.JetStream(nc)
 }
 
@@ -276,7 +277,7 @@ func (i *Instance) openFront(b brokerAccess) error {
 		ended.Wait()
 		return nil
 	})
-	i.services = []lifecycle.Service{f}
+	i.services = append(i.services, f)
 	i.State.IngestURL = "http://" + reachable(in.Addr()) + "/webhooks/clerk"
 	i.State.OpsURL = "http://" + reachable(ops.Addr())
 	return nil

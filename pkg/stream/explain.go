@@ -1,0 +1,174 @@
+package stream
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"syscall"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+// Kinds of trouble with the broker, in words for whoever has to act. [Explain] finds the kind of an error. All but ErrSetup, ErrFull,
+// ErrTooLarge and ErrClosed are also ErrUnavailable: waiting may cure them, and what was published may or may not be stored.
+var (
+	ErrUnavailable = errors.New("the broker does not answer: check that it runs and can be reached")
+	ErrRefused     = errors.New("the broker refuses the login: check the user and password in USHER_NATS_URL, or the file in USHER_NATS_CREDS")
+	ErrForbidden   = errors.New("the broker does not permit this to its user: extend the user's permissions")
+	ErrNoJetStream = errors.New("JetStream does not answer at the broker: enable it there (a jetstream block, see deploy/nats/nats.conf); " +
+		"right after the broker's start it only needs a moment")
+	ErrNoLeader = errors.New("the broker's cluster has no leader for this: an election passes by itself, a lost majority returns with its servers")
+	ErrStorage  = errors.New("the broker's storage (max_file_store, or the account's limit) is used up: give it more room")
+	ErrSetup    = errors.New("streams or consumers are missing: run `usher setup`")
+	ErrFull     = errors.New("the stream is full: see what is not settled, shorten USHER_RETENTION, or raise USHER_STREAM_MAX_BYTES")
+	ErrTooLarge = errors.New("the event is larger than the broker takes (max_payload)")
+	ErrClosed   = errors.New("publisher is closed")
+)
+
+// explained is an error of the broker's in words that say what to do. Its cause stays in the chain and out of the text.
+type explained struct {
+	words string
+	chain []error
+}
+
+func (e *explained) Error() string   { return e.words }
+func (e *explained) Unwrap() []error { return e.chain }
+
+// Codes of the broker's errors that the client library has no names for (nats-server server/errors.json).
+const (
+	codeAccountLimit     jetstream.ErrorCode = 10002
+	codeNoPeers          jetstream.ErrorCode = 10005
+	codeClusterNotAvail  jetstream.ErrorCode = 10008
+	codeClusterNotLeader jetstream.ErrorCode = 10009
+	codeNoResources      jetstream.ErrorCode = 10023 // the server's storage is used up
+	codeNoStorage        jetstream.ErrorCode = 10047 // a stream's limit is above what the server has left
+	codeMessageTooLarge  jetstream.ErrorCode = 10054
+	codeStoreFailed      jetstream.ErrorCode = 10077 // stream limit reached: "maximum bytes exceeded"
+	codeStreamOffline    jetstream.ErrorCode = 10118
+	codeConsumerOffline  jetstream.ErrorCode = 10119
+	codeDuplicate        jetstream.ErrorCode = 10158 // it is in flight
+	codeStreamOfflineFor jetstream.ErrorCode = 10194
+)
+
+// Explain says in words what an error of a call to the broker means and what to do about it; what it does not know stays as it is.
+// The cause stays in the chain. Only for errors of the broker's: a time-out of anything else would be taken for one of its.
+func Explain(err error) error {
+	var done *explained
+	if err == nil || errors.As(err, &done) {
+		return err
+	}
+	if kind := kindOf(err); kind != nil {
+		words := kind.Error()
+		if kind == ErrForbidden { //nolint:errorlint // as above
+			words += " (" + strings.TrimPrefix(err.Error(), nats.ErrPermissionViolation.Error()+": ") + ")"
+		}
+		return explain(kind, words, err)
+	}
+	return err
+}
+
+func explain(kind error, words string, cause error) error {
+	chain := []error{kind, cause}
+	switch kind { //nolint:errorlint // one of ours, by itself
+	case ErrStorage:
+		chain = append(chain, ErrFull)
+	case ErrSetup, ErrFull, ErrTooLarge, ErrUnavailable:
+	default:
+		chain = append(chain, ErrUnavailable)
+	}
+	return &explained{words: words, chain: chain}
+}
+
+func kindOf(err error) error {
+	var api *jetstream.APIError
+	if errors.As(err, &api) {
+		return kindOfAPI(api)
+	}
+	is := func(targets ...error) bool {
+		for _, target := range targets {
+			if errors.Is(err, target) {
+				return true
+			}
+		}
+		return false
+	}
+	text := strings.ToLower(err.Error())
+	switch {
+	case is(ErrUnavailable, ErrSetup, ErrFull, ErrTooLarge, ErrClosed): // said already
+		return nil
+	// While it dials the library keeps the broker's own words, of which these are a part.
+	case strings.Contains(text, "authorization violation"), strings.Contains(text, "authentication expired"), strings.Contains(text, "authentication revoked"):
+		return ErrRefused
+	case is(nats.ErrPermissionViolation):
+		return ErrForbidden
+	case is(jetstream.ErrStreamNotFound, jetstream.ErrConsumerNotFound, jetstream.ErrBucketNotFound):
+		return ErrSetup
+	case is(jetstream.ErrJetStreamNotEnabled, jetstream.ErrJetStreamNotEnabledForAccount):
+		return ErrNoJetStream
+	case is(nats.ErrMaxPayload):
+		return ErrTooLarge
+	case is(syscall.EMFILE, syscall.ENFILE), strings.Contains(text, "too many open files"):
+		return errFiles
+	case is(jetstream.ErrNoStreamResponse):
+		return errNoStream
+	case is(nats.ErrNoResponders):
+		return ErrNoJetStream
+	case is(nats.ErrMaxConnectionsExceeded, nats.ErrMaxAccountConnectionsExceeded), strings.Contains(text, "connections exceeded"):
+		return errConnections
+	// The library answers with the first two while it has no connection.
+	case is(nats.ErrReconnectBufExceeded, nats.ErrHeadersNotSupported, nats.ErrDisconnected, nats.ErrConnectionReconnecting,
+		nats.ErrConnectionClosed, nats.ErrConnectionDraining, nats.ErrStaleConnection, nats.ErrTimeout, nats.ErrNoServers,
+		jetstream.ErrAsyncPublishTimeout, jetstream.ErrNoHeartbeat, context.DeadlineExceeded, syscall.ECONNREFUSED, syscall.ECONNRESET):
+		return ErrUnavailable
+	}
+	return nil
+}
+
+// Kinds that nobody asks for by name.
+var (
+	errFiles       = errors.New("too many open files: raise the limit of the process that says so (ulimit -n, LimitNOFILE)")
+	errConnections = errors.New("the broker takes no more connections: raise its max_connections, or the account's")
+	errNoStream    = errors.New("no stream took the event: it has no leader for the moment, or is missing (`usher setup` creates it)")
+)
+
+func kindOfAPI(api *jetstream.APIError) error {
+	switch api.ErrorCode {
+	case jetstream.JSErrCodeStreamNotFound, jetstream.JSErrCodeConsumerNotFound:
+		return ErrSetup
+	case jetstream.JSErrCodeJetStreamNotEnabled, jetstream.JSErrCodeJetStreamNotEnabledForAccount:
+		return ErrNoJetStream
+	case codeClusterNotAvail, codeClusterNotLeader, codeNoPeers, codeStreamOffline, codeStreamOfflineFor, codeConsumerOffline:
+		return ErrNoLeader
+	case codeStoreFailed:
+		return ErrFull
+	case codeNoResources, codeNoStorage, codeAccountLimit:
+		return ErrStorage
+	case codeMessageTooLarge:
+		return ErrTooLarge
+	}
+	if api.Code == 503 {
+		return ErrUnavailable
+	}
+	return nil
+}
+
+// Connected returns nil while nc has a connection, else in words why it has none.
+func Connected(nc *nats.Conn) error {
+	if nc.IsConnected() {
+		return nil
+	}
+	cause := nc.LastError()
+	if cause == nil {
+		cause = nats.ErrDisconnected
+	}
+	return notConnected(cause)
+}
+
+func notConnected(cause error) error {
+	kind := kindOf(cause)
+	if kind == nil {
+		return explain(ErrUnavailable, "not connected to the broker: "+strings.TrimPrefix(cause.Error(), "nats: "), cause)
+	}
+	return explain(kind, "not connected to the broker: "+kind.Error(), cause)
+}
