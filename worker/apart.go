@@ -219,7 +219,7 @@ func exec(ctx context.Context, tx *gorm.DB, statement string) error {
 type proof struct {
 	passed atomic.Uint64 // transactions that applied something
 	mu     sync.Mutex
-	first  map[string]uint64 // how many had passed when an event was first refused, by its id
+	first  map[event.Ref]uint64 // how many had passed when an event was first refused
 }
 
 // mostRefused bounds what a proof remembers. What it forgets is refused for the first time once more.
@@ -230,22 +230,22 @@ func (p *proof) alone(events []*delivery) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.first == nil || len(p.first) > mostRefused {
-		p.first = map[string]uint64{}
+		p.first = map[event.Ref]uint64{}
 	}
 	passed, alone := p.passed.Load(), true
 	for _, d := range events {
 		if d.known.PutOff {
 			continue
 		}
-		first, refused := p.first[d.event.ID]
+		first, refused := p.first[d.event.Ref()]
 		if !refused {
-			p.first[d.event.ID] = passed
+			p.first[d.event.Ref()] = passed
 		}
 		alone = alone && refused && first < passed
 	}
 	if alone {
 		for _, d := range events {
-			delete(p.first, d.event.ID)
+			delete(p.first, d.event.Ref())
 		}
 	}
 	return alone

@@ -332,7 +332,7 @@ func collect(first jetstream.Msg, messages <-chan jetstream.Msg, limit int) []je
 // parse decodes messages and tells apart what can never be applied.
 func (l *loop) parse(messages []jetstream.Msg) (batch []*delivery, failures []failure) {
 	batch = make([]*delivery, 0, len(messages))
-	byID := make(map[string]bool, len(messages))
+	seen := make(map[event.Ref]bool, len(messages))
 	for _, msg := range messages {
 		meta, err := msg.Metadata()
 		if err != nil { // not a JetStream message: nothing to settle
@@ -351,14 +351,14 @@ func (l *loop) parse(messages []jetstream.Msg) (batch []*delivery, failures []fa
 			}
 		}
 		switch {
-		case byID[d.event.ID]: // the same event twice in one batch: the second is a redelivery of the first
+		case seen[d.event.Ref()]: // the same event twice in one batch: the second is a redelivery of the first
 			// Not acked: if the first one fails, this one is as good.
 			l.nak(msg, time.Second)
 		case err != nil:
-			byID[d.event.ID] = true
+			seen[d.event.Ref()] = true
 			failures = append(failures, failure{d, Permanent(err)})
 		default:
-			byID[d.event.ID] = true
+			seen[d.event.Ref()] = true
 			batch = append(batch, d)
 		}
 	}
@@ -496,13 +496,13 @@ const (
 )
 
 func (l *loop) sort(ctx context.Context, tx *gorm.DB, batch []*delivery) (sorted, error) {
-	known, err := l.inbox.Find(ctx, tx, eventIDs(batch))
+	known, err := l.inbox.Find(ctx, tx, refs(batch))
 	if err != nil {
 		return sorted{}, fmt.Errorf("look into the inbox: %w", err)
 	}
 	var s sorted
 	for _, d := range batch {
-		d.known = known[d.event.ID].For(&d.event)
+		d.known = known[d.event.Ref()].For(&d.event)
 		switch {
 		case d.known.Settled():
 		case time.Until(d.known.NextAttemptAt) > retrySlack && time.Until(d.known.WrittenAt) < clockSlack: // else the clock was set back
@@ -599,7 +599,7 @@ func (l *loop) handle(ctx context.Context, tx *gorm.DB, events []event.Event) (e
 		if r := recover(); r != nil {
 			err = fmt.Errorf("%w: %v", errPanic, r)
 			if len(events) == 1 { // a larger batch is cut down to the one that panics
-				l.log.Error("handler panicked", zap.String("event_id", events[0].ID), zap.String("panic", logged(fmt.Sprint(r))), zap.ByteString("stack", debug.Stack()))
+				l.log.Error("handler panicked", zap.String("event_id", events[0].ID), zap.String("source", events[0].Source), zap.String("panic", logged(fmt.Sprint(r))), zap.ByteString("stack", debug.Stack()))
 			}
 		}
 	}()
@@ -799,7 +799,7 @@ func (l *loop) bury(ctx context.Context, verdicts []verdict) {
 				// No room for letters must not stop the healthy events. The original is kept instead.
 				l.nak(v.msg, l.cfg.RetryMax)
 				l.log.Error("dead letter has no room, event is kept: replay or discard dead letters, or give stream "+stream.DeadLetters+" more room",
-					zap.String("event_id", v.event.ID), zap.Uint64("stream_seq", v.event.Seq), zap.Duration("delay", l.cfg.RetryMax), zap.Error(errs[i]))
+					zap.String("event_id", v.event.ID), zap.String("source", v.event.Source), zap.Uint64("stream_seq", v.event.Seq), zap.Duration("delay", l.cfg.RetryMax), zap.Error(errs[i]))
 			default:
 				rest, cause = append(rest, v), errs[i]
 			}
@@ -875,10 +875,10 @@ func (l *loop) settled(err error) {
 	}
 }
 
-func eventIDs(batch []*delivery) []string {
-	ids := make([]string, len(batch))
+func refs(batch []*delivery) []event.Ref {
+	events := make([]event.Ref, len(batch))
 	for i, d := range batch {
-		ids[i] = d.event.ID
+		events[i] = d.event.Ref()
 	}
-	return ids
+	return events
 }

@@ -245,7 +245,7 @@ func (w *Worker) deleteDeliveries(ctx context.Context, now time.Time) (int64, er
 			if database.IsPostgres(tx) {
 				lock = " FOR UPDATE SKIP LOCKED" // another worker cleans the same
 			}
-			result := tx.Exec(`DELETE FROM deliveries WHERE (handler, event_id) IN (SELECT handler, event_id FROM deliveries
+			result := tx.Exec(`DELETE FROM deliveries WHERE (handler, source, event_id) IN (SELECT handler, source, event_id FROM deliveries
 				WHERE received_at < ? AND (status IN ('processed', 'discarded') AND COALESCE(processed_at, received_at) < ? OR status = 'dead' AND processed_at < ?)
 				ORDER BY received_at LIMIT ?`+lock+`)`, settled, settled, dead, deleteStep)
 			n = result.RowsAffected

@@ -97,6 +97,21 @@ type Object struct {
 	Deleted   bool  // data.deleted, or a type that says so
 }
 
+// Ref names an event. An id names one only within its source: the sender chooses it, and who has the secret of one source must
+// not be able to speak of another's events.
+type Ref struct{ Source, ID string }
+
+// Compare orders refs, by the source first.
+func (r Ref) Compare(o Ref) int {
+	return cmp.Or(strings.Compare(r.Source, o.Source), strings.Compare(r.ID, o.ID))
+}
+
+// String is the ref as logs and publish ids have it. No source's name holds a colon.
+func (r Ref) String() string { return r.Source + ":" + r.ID }
+
+// Ref is what tells the event from all others.
+func (e *Event) Ref() Ref { return Ref{e.Source, e.ID} }
+
 // Key is the person an event is about: the user id where the event has one, else the organization
 // id, else the object's id, else "_".
 func (e *Event) Key() string {

@@ -91,21 +91,34 @@ type Inbox struct {
 func New(handler string) *Inbox { return &Inbox{handler: handler} }
 
 // Find returns what the log says of the events; those that it does not know are absent.
-func (i *Inbox) Find(ctx context.Context, tx *gorm.DB, ids []string) (map[string]Known, error) {
+func (i *Inbox) Find(ctx context.Context, tx *gorm.DB, events []event.Ref) (map[event.Ref]Known, error) {
+	bySource := map[string][]string{} // of few sources, mostly one
+	for _, e := range events {
+		bySource[e.Source] = append(bySource[e.Source], e.ID)
+	}
+	known := make(map[event.Ref]Known, len(events))
+	for source, ids := range bySource {
+		if err := i.find(ctx, tx, source, ids, known); err != nil {
+			return nil, err
+		}
+	}
+	return known, nil
+}
+
+func (i *Inbox) find(ctx context.Context, tx *gorm.DB, source string, ids []string, known map[event.Ref]Known) error {
 	const columns = "SELECT event_id, status, attempts, first_failed_at, next_attempt_at, processed_at, replay_id, stream_seq, reason FROM deliveries WHERE handler = "
-	query, args := columns+"$1 AND event_id = ANY($2::text[])", []any{i.handler, ids}
+	query, args := columns+"$1 AND source = $2 AND event_id = ANY($3::text[])", []any{i.handler, source, ids}
 	if !database.IsPostgres(tx) {
-		query, args = columns+"? AND event_id IN (?"+strings.Repeat(",?", len(ids)-1)+")", []any{i.handler}
+		query, args = columns+"? AND source = ? AND event_id IN (?"+strings.Repeat(",?", len(ids)-1)+")", []any{i.handler, source}
 		for _, id := range ids {
 			args = append(args, id)
 		}
 	}
 	rows, err := tx.Statement.ConnPool.QueryContext(ctx, query, args...)
 	if err != nil {
-		return nil, fmt.Errorf("find deliveries: %w", err)
+		return fmt.Errorf("find deliveries: %w", err)
 	}
 	defer func() { _ = rows.Close() }()
-	known := map[string]Known{}
 	for rows.Next() {
 		var id string
 		var k Known
@@ -113,18 +126,18 @@ func (i *Inbox) Find(ctx context.Context, tx *gorm.DB, ids []string) (map[string
 		var replay, reason sql.NullString
 		var seq sql.NullInt64
 		if err := rows.Scan(&id, &k.Status, &k.Attempts, &first, &next, &written, &replay, &seq, &reason); err != nil {
-			return nil, fmt.Errorf("read delivery: %w", err)
+			return fmt.Errorf("read delivery: %w", err)
 		}
 		k.FirstFailedAt, k.NextAttemptAt, k.WrittenAt, k.ReplayID = first.Time, next.Time, written.Time, replay.String
 		k.Seq = uint64(max(seq.Int64, 0))
 		k.Late = reason.String == string(deadletter.Timeout)
 		k.PutOff = k.Status == Retrying && !reason.Valid
-		known[id] = k
+		known[event.Ref{Source: source, ID: id}] = k
 	}
 	if err := rows.Err(); err != nil {
-		return nil, fmt.Errorf("find deliveries: %w", err)
+		return fmt.Errorf("find deliveries: %w", err)
 	}
-	return known, nil
+	return nil
 }
 
 // Settle writes entries that are applied in this transaction. ErrRaced means that it must be rolled back.
@@ -169,14 +182,14 @@ var upsert = database.Upsert{
 		{Name: "letter_seq", Type: "bigint"},
 		{Name: "replay_id", Type: "text"},
 	},
-	Conflict: []string{"handler", "event_id"},
+	Conflict: []string{"handler", "source", "event_id"},
 	// What is settled stays so, but for a deliberate replay that the row has not seen.
 	Guard: "(deliveries.status NOT IN ('processed', 'discarded') OR " +
 		"excluded.replay_id IS NOT NULL AND excluded.replay_id NOT LIKE '" + stream.LetterReplay + "%' AND excluded.replay_id <> COALESCE(deliveries.replay_id, ''))",
 }
 
 func (i *Inbox) write(ctx context.Context, tx *gorm.DB, entries []Entry) (int64, error) {
-	slices.SortFunc(entries, func(a, b Entry) int { return strings.Compare(a.Event.ID, b.Event.ID) })
+	slices.SortFunc(entries, func(a, b Entry) int { return a.Event.Ref().Compare(b.Event.Ref()) })
 	now := time.Now().UTC()
 	rows := make([][]any, len(entries))
 	for n, e := range entries {

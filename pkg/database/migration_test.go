@@ -1,0 +1,101 @@
+package database_test
+
+import (
+	"maps"
+	"testing"
+	"time"
+
+	"github.com/pressly/goose/v3"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"gorm.io/gorm"
+
+	"github.com/usherhq/usher/pkg/database"
+	"github.com/usherhq/usher/pkg/dbtest"
+)
+
+// upTo migrates an empty database to a version of the past.
+func upTo(t testing.TB, db *gorm.DB, version int64) {
+	t.Helper()
+	pool, err := db.DB()
+	require.NoError(t, err)
+	dialect, files := goose.DialectSQLite3, database.Schema("sqlite")
+	if database.IsPostgres(db) {
+		dialect, files = goose.DialectPostgres, database.Schema("postgres")
+	}
+	if database.IsPostgres(db) {
+		require.NoError(t, db.Exec("CREATE SCHEMA usher").Error)
+	}
+	provider, err := goose.NewProvider(dialect, pool, files, goose.WithDisableGlobalRegistry(true))
+	require.NoError(t, err)
+	_, err = provider.UpTo(t.Context(), version)
+	require.NoError(t, err)
+}
+
+// emptyDatabases are databases without a schema, open.
+func emptyDatabases(t *testing.T, run func(t *testing.T, db *gorm.DB)) {
+	t.Helper()
+	eachEmpty(t, func(t *testing.T, url string) { run(t, dbtest.Open(t, url)) })
+}
+
+// TestDeliveriesOfBeforeSourcesWereApartAreKept and their key then tells sources apart.
+func TestDeliveriesOfBeforeSourcesWereApartAreKept(t *testing.T) {
+	t.Parallel()
+	emptyDatabases(t, func(t *testing.T, db *gorm.DB) {
+		upTo(t, db, 10)
+		at := time.Date(2026, 1, 2, 3, 4, 5, 6_000_000, time.UTC)
+		row := map[string]any{
+			"handler": "mirror", "event_id": "msg_1", "type": "user.created", "source": "clerk", "origin": "webhook", "object_id": "user_1", "user_id": "user_1",
+			"status": "dead", "attempts": 3, "received_at": at, "processed_at": at.Add(time.Second), "duration_ms": 1.5, "error": "no", "reason": "rejected",
+			"stream_seq": 7, "first_failed_at": at, "next_attempt_at": at, "fingerprint": "f", "letter_seq": 9, "replay_id": "r",
+		}
+		require.NoError(t, db.Table("deliveries").Create(maps.Clone(row)).Error)
+		before := one(t, db)
+
+		_, err := database.Migrate(t.Context(), db)
+		require.NoError(t, err)
+		assert.Equal(t, before, one(t, db))
+
+		row["source"] = "staging"
+		require.NoError(t, db.Table("deliveries").Create(maps.Clone(row)).Error, "the same id of another source is another event")
+		require.Error(t, db.Table("deliveries").Create(maps.Clone(row)).Error)
+	})
+}
+
+func one(t *testing.T, db *gorm.DB) map[string]any {
+	t.Helper()
+	var rows []map[string]any
+	require.NoError(t, db.Table("deliveries").Find(&rows).Error)
+	require.Len(t, rows, 1)
+	return rows[0]
+}
+
+// TestTheKeyOfDeliveriesIsMadeAfterAnInterruption: PostgreSQL commits each statement of the migration.
+func TestTheKeyOfDeliveriesIsMadeAfterAnInterruption(t *testing.T) {
+	t.Parallel()
+	for name, done := range map[string][]string{
+		"after the index": {"CREATE UNIQUE INDEX deliveries_by_source ON deliveries (handler, source, event_id)"},
+		"after the key": {
+			"CREATE UNIQUE INDEX deliveries_by_source ON deliveries (handler, source, event_id)",
+			"ALTER TABLE deliveries DROP CONSTRAINT deliveries_pkey, ADD CONSTRAINT deliveries_pkey PRIMARY KEY USING INDEX deliveries_by_source",
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			db := dbtest.Open(t, dbtest.EmptyPostgresURL(t))
+			upTo(t, db, 10)
+			for _, statement := range done {
+				require.NoError(t, db.Exec(statement).Error)
+			}
+			_, err := database.Migrate(t.Context(), db)
+			require.NoError(t, err)
+			var key []string
+			require.NoError(t, db.Raw(`SELECT a.attname FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = ANY(i.indkey)
+				WHERE i.indrelid = 'deliveries'::regclass AND i.indisprimary ORDER BY array_position(i.indkey::int2[], a.attnum)`).Scan(&key).Error)
+			assert.Equal(t, []string{"handler", "source", "event_id"}, key)
+			var indexes int64
+			require.NoError(t, db.Raw("SELECT count(*) FROM pg_index WHERE indrelid = 'deliveries'::regclass").Scan(&indexes).Error)
+			assert.EqualValues(t, 5, indexes, "none is left over")
+		})
+	}
+}
