@@ -14,7 +14,6 @@ type metrics struct {
 	failures   *prometheus.CounterVec
 	duration   *prometheus.HistogramVec
 	age        *prometheus.HistogramVec
-	pending    *prometheus.GaugeVec
 	purged     prometheus.Counter
 }
 
@@ -34,14 +33,11 @@ func newMetrics(reg prometheus.Registerer, handlers []Registration, check func(h
 			Name: "usher_event_age_seconds", Help: "Time from a change at Clerk until it is applied.",
 			Buckets: []float64{.01, .025, .05, .1, .25, .5, 1, 2.5, 5, 15, 60, 300, 1800, 7200, 86400},
 		}, []string{"handler"}),
-		pending: prometheus.NewGaugeVec(prometheus.GaugeOpts{
-			Name: "usher_consumer_pending", Help: "Events that a handler has not settled yet.",
-		}, []string{"handler"}),
 		purged: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "usher_stream_purged_total", Help: "Settled events that this process removed from the stream, past their retention.",
 		}),
 	}
-	reg.MustRegister(m.deliveries, m.failures, m.duration, m.age, m.pending, m.purged)
+	reg.MustRegister(m.deliveries, m.failures, m.duration, m.age, m.purged)
 	for _, r := range handlers {
 		name := r.Handler.Name()
 		for _, outcome := range outcomes {
@@ -52,7 +48,6 @@ func newMetrics(reg prometheus.Registerer, handlers []Registration, check func(h
 		}
 		m.duration.WithLabelValues(name)
 		m.age.WithLabelValues(name)
-		m.pending.WithLabelValues(name)
 		// Asked at each scrape, so that it says the same as readiness.
 		reg.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "usher_worker_paused", Help: "1 while a handler waits for the database or the broker.",

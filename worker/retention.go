@@ -7,7 +7,6 @@ import (
 	"maps"
 	"math/rand/v2"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -128,9 +127,9 @@ func (w *Worker) tellHolder(consumer string, seq, used uint64, room int64) {
 // firstUnsettled is the sequence of the first event that somebody still needs, last + 1 where nobody needs any up to last. holder
 // is whoever needs it, where that is not a handler of this worker. A handler without a consumer is an error: nobody knows what it needs.
 func (w *Worker) firstUnsettled(ctx context.Context, s jetstream.Stream, last uint64) (first uint64, holder string, err error) {
-	infos, err := consumers(ctx, s)
+	infos, err := stream.ConsumerInfos(ctx, s)
 	if err != nil {
-		return 0, "", fmt.Errorf("list consumers of %s: %w", stream.Events, err)
+		return 0, "", err
 	}
 	var handlers []string
 	for _, r := range w.cfg.Handlers {
@@ -146,10 +145,13 @@ func (w *Worker) firstUnsettled(ctx context.Context, s jetstream.Stream, last ui
 		if foreign && !stream.Holds(infos[name]) {
 			continue
 		}
-		needs, err := firstUnsettled(ctx, s, infos[name], last)
+		needs, _, err := stream.FirstUnsettled(ctx, s, infos[name])
+		if needs == 0 {
+			needs = last + 1
+		}
 		switch {
 		case err != nil:
-			return 0, "", fmt.Errorf("find the first event that consumer %s has not settled: %w", name, err)
+			return 0, "", err
 		case needs < first && foreign:
 			first, holder = needs, name
 		case needs <= first && !foreign:
@@ -157,59 +159,6 @@ func (w *Worker) firstUnsettled(ctx context.Context, s jetstream.Stream, last ui
 		}
 	}
 	return first, holder, nil
-}
-
-// consumers are all consumers of a stream by name.
-func consumers(ctx context.Context, s jetstream.Stream) (map[string]*jetstream.ConsumerInfo, error) {
-	infos := map[string]*jetstream.ConsumerInfo{}
-	list := s.ListConsumers(ctx)
-	for info := range list.Info() {
-		infos[info.Name] = info
-	}
-	if err := list.Err(); err != nil {
-		return nil, err //nolint:wrapcheck // the caller says what it was for
-	}
-	// A cluster leaves out of the list whoever does not answer, but it has their names.
-	names, missing := s.ConsumerNames(ctx), []string(nil)
-	for name := range names.Name() {
-		if infos[name] == nil {
-			missing = append(missing, name)
-		}
-	}
-	if err := names.Err(); err != nil {
-		return nil, err //nolint:wrapcheck // the caller says what it was for
-	}
-	if len(missing) > 0 {
-		return nil, fmt.Errorf("no answer from %s", strings.Join(missing, ", "))
-	}
-	return infos, nil
-}
-
-// firstUnsettled is the sequence of the first event that a consumer may still need, last + 1 where it needs none up to last.
-func firstUnsettled(ctx context.Context, s jetstream.Stream, info *jetstream.ConsumerInfo, last uint64) (uint64, error) {
-	if info.NumPending == 0 && info.NumAckPending == 0 {
-		return last + 1, nil
-	}
-	// The ack floor alone would stand still below the events of other handlers.
-	first := last + 1
-	filters := info.Config.FilterSubjects
-	if len(filters) == 0 {
-		filters = []string{info.Config.FilterSubject}
-	}
-	for _, filter := range filters {
-		if filter == "" {
-			filter = ">"
-		}
-		msg, err := s.GetMsg(ctx, info.AckFloor.Stream+1, jetstream.WithGetMsgSubject(filter))
-		switch {
-		case errors.Is(err, jetstream.ErrMsgNotFound):
-		case err != nil:
-			return 0, err //nolint:wrapcheck // the caller says what it was for
-		default:
-			first = min(first, msg.Sequence)
-		}
-	}
-	return first, nil
 }
 
 // firstSince finds the first sequence in [from, to) whose event was stored at cutoff or later, else to. It looks at as many

@@ -153,7 +153,7 @@ func (w *Worker) Run(ctx context.Context) error {
 			group.Go(func() error { return l.run(groupCtx) })
 		}
 	}
-	for _, watch := range []func(context.Context){w.watchLag, w.watchDatabase, w.clean, w.sweepLetters} {
+	for _, watch := range []func(context.Context){w.watchDatabase, w.clean, w.sweepLetters} {
 		group.Go(func() error {
 			watch(groupCtx)
 			return nil
@@ -221,7 +221,7 @@ func (w *Worker) waitForDatabase(ctx context.Context) error {
 	return nil
 }
 
-// watchInterval is how often the database and the lag are looked at where nothing else shows them.
+// watchInterval is how often the database is looked at where nothing else shows how it is.
 const watchInterval = 5 * time.Second
 
 // watchDatabase notices an outage of the database also while no event comes.
@@ -239,27 +239,6 @@ func (w *Worker) watchDatabase(ctx context.Context) {
 		cancel()
 		if ctx.Err() == nil {
 			w.idle.setTrouble(err)
-		}
-	}
-}
-
-// watchLag keeps the lag metric of every handler.
-func (w *Worker) watchLag(ctx context.Context) {
-	ticker := time.NewTicker(watchInterval)
-	defer ticker.Stop()
-	for {
-		for _, r := range w.cfg.Handlers {
-			name := r.Handler.Name()
-			consumer, err := w.deps.JetStream.Consumer(ctx, stream.Events, name)
-			if err == nil {
-				info := consumer.CachedInfo()
-				w.metrics.pending.WithLabelValues(name).Set(float64(info.NumPending) + float64(info.NumAckPending))
-			}
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-ticker.C:
 		}
 	}
 }

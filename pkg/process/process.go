@@ -61,9 +61,10 @@ type Process struct {
 	Health   *observe.Health
 	// Closers are closed in reverse order once the service has stopped, or could not start.
 	Closers lifecycle.Closers
+	// Beside are services that run with the one that Start returns: guards of what the process cannot do without, watchers.
+	Beside []lifecycle.Service
 
-	name   string
-	guards []lifecycle.Service // of what the process cannot do without
+	name string
 }
 
 // Main runs a program until SIGINT or SIGTERM and exits. It takes no arguments but --help.
@@ -135,7 +136,7 @@ func (p *Process) run(ctx context.Context, start func(context.Context, *Process)
 		return fmt.Errorf("start: %w", err)
 	}
 	p.Log.Info("operations listen", zap.String("service", p.name), zap.String("addr", ops.Addr()))
-	return lifecycle.Run(ctx, append(p.guards, ops, service)...)
+	return lifecycle.Run(ctx, append([]lifecycle.Service{ops, service}, p.Beside...)...)
 }
 
 // drainTime bounds the draining of the connection, which the services have flushed by then where it matters to them. A broker
@@ -164,7 +165,7 @@ func (p *Process) Connect() (jetstream.JetStream, error) {
 		}
 		return nil
 	})
-	p.guards = append(p.guards, stream.Guard{Conn: nc})
+	p.Beside = append(p.Beside, stream.Guard{Conn: nc})
 	return stream.JetStream(nc)
 }
 

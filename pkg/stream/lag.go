@@ -18,12 +18,21 @@ type Consumer struct {
 	Pending     uint64  `json:"pending"`     // events that were not delivered yet
 	AckPending  int     `json:"ack_pending"` // delivered and not settled: in work, or waiting for their retry
 	Redelivered int     `json:"redelivered"` // of AckPending, those that were delivered more than once
-	LagSeconds  float64 `json:"lag_seconds"` // age of the oldest unsettled event, 0 where there is none
+	LagSeconds  float64 `json:"lag_seconds"` // age of the oldest unsettled event by the broker's clock, 0 where there is none
 }
 
-// Consumers lists every consumer of [Events] by name. It asks the broker once for the list and once or
-// twice more for each consumer that has work. The error is [ErrSetup] where the stream does not exist.
+// Consumers lists every consumer of [Events] by name. It asks the broker twice for the list and once more
+// for each filter of each consumer. The error is [ErrSetup] where the stream does not exist.
 func Consumers(ctx context.Context, js jetstream.JetStream) ([]Consumer, error) {
+	return consumersOf(ctx, js, func(*jetstream.ConsumerInfo) bool { return true })
+}
+
+// Holders is [Consumers] of those only that keep events in the stream until they have settled them ([Holds]): the handlers.
+func Holders(ctx context.Context, js jetstream.JetStream) ([]Consumer, error) {
+	return consumersOf(ctx, js, Holds)
+}
+
+func consumersOf(ctx context.Context, js jetstream.JetStream, wanted func(*jetstream.ConsumerInfo) bool) ([]Consumer, error) {
 	s, err := js.Stream(ctx, Events)
 	if errors.Is(err, jetstream.ErrStreamNotFound) {
 		return nil, ErrSetup
@@ -31,53 +40,92 @@ func Consumers(ctx context.Context, js jetstream.JetStream) ([]Consumer, error) 
 	if err != nil {
 		return nil, fmt.Errorf("look up stream %s: %w", Events, err)
 	}
-	list := s.ListConsumers(ctx)
-	consumers := []Consumer{}
-	for info := range list.Info() {
-		lag, err := age(ctx, s, info)
-		if err != nil {
-			return nil, fmt.Errorf("find the oldest event of consumer %s: %w", info.Name, err)
-		}
-		consumers = append(consumers, Consumer{
-			Handler: info.Name, Pending: info.NumPending, AckPending: info.NumAckPending,
-			Redelivered: info.NumRedelivered, LagSeconds: lag.Seconds(),
-		})
+	infos, err := ConsumerInfos(ctx, s)
+	if err != nil {
+		return nil, err
 	}
-	if err := list.Err(); err != nil {
-		return nil, fmt.Errorf("list consumers of %s: %w", Events, err)
+	consumers := []Consumer{}
+	for _, info := range infos {
+		if !wanted(info) {
+			continue
+		}
+		_, at, err := FirstUnsettled(ctx, s, info)
+		if err != nil {
+			return nil, err
+		}
+		c := Consumer{Handler: info.Name, Pending: info.NumPending, AckPending: info.NumAckPending, Redelivered: info.NumRedelivered}
+		if !at.IsZero() {
+			c.LagSeconds = max(now(info).Sub(at).Seconds(), 0)
+		}
+		consumers = append(consumers, c)
 	}
 	slices.SortFunc(consumers, func(a, b Consumer) int { return strings.Compare(a.Handler, b.Handler) })
 	return consumers, nil
 }
 
-// age is how long ago the oldest event was stored that the consumer has not settled.
-func age(ctx context.Context, s jetstream.Stream, info *jetstream.ConsumerInfo) (time.Duration, error) {
-	// The ack floor alone says nothing: it stands still below the events of other consumers.
-	if info.NumPending+uint64(max(info.NumAckPending, 0)) == 0 {
-		return 0, nil
+// now is the broker's clock, which stamped the events too.
+func now(info *jetstream.ConsumerInfo) time.Time {
+	if info.TimeStamp.IsZero() { // a broker before 2.10 does not say
+		return time.Now()
+	}
+	return info.TimeStamp
+}
+
+// ConsumerInfos are all consumers of a stream by name. It is an error where one of them does not answer: nobody knows what
+// that one needs.
+func ConsumerInfos(ctx context.Context, s jetstream.Stream) (map[string]*jetstream.ConsumerInfo, error) {
+	infos := map[string]*jetstream.ConsumerInfo{}
+	list := s.ListConsumers(ctx)
+	for info := range list.Info() {
+		infos[info.Name] = info
+	}
+	if err := list.Err(); err != nil {
+		return nil, fmt.Errorf("list consumers of %s: %w", s.CachedInfo().Config.Name, err)
+	}
+	// A cluster leaves out of the list whoever does not answer, but it has their names.
+	names, missing := s.ConsumerNames(ctx), []string(nil)
+	for name := range names.Name() {
+		if infos[name] == nil {
+			missing = append(missing, name)
+		}
+	}
+	if err := names.Err(); err != nil {
+		return nil, fmt.Errorf("list consumers of %s: %w", s.CachedInfo().Config.Name, err)
+	}
+	if len(missing) > 0 {
+		return nil, fmt.Errorf("list consumers of %s: no answer from %s", s.CachedInfo().Config.Name, strings.Join(missing, ", "))
+	}
+	return infos, nil
+}
+
+// FirstUnsettled finds the first event that a consumer has not settled, and when it was stored, as of info: sequence 0 where
+// there is none. An event that was stored before info is never missed. It asks the broker once for each filter of the consumer.
+func FirstUnsettled(ctx context.Context, s jetstream.Stream, info *jetstream.ConsumerInfo) (seq uint64, at time.Time, err error) {
+	// Whether anything is pending is not asked: the broker counts an event a moment after it has confirmed it. The ack floor
+	// alone says nothing: it stays below the events of other consumers, so the next event of this one is read; and below an event
+	// that reached the consumer's own max_deliver, so it counts only while something is in flight.
+	from := info.AckFloor.Stream + 1
+	if info.NumAckPending == 0 {
+		from = info.Delivered.Stream + 1
 	}
 	filters := info.Config.FilterSubjects
 	if len(filters) == 0 {
 		filters = []string{info.Config.FilterSubject}
 	}
-	var oldest time.Time
 	for _, filter := range filters {
 		if filter == "" {
 			filter = ">"
 		}
-		msg, err := s.GetMsg(ctx, info.AckFloor.Stream+1, jetstream.WithGetMsgSubject(filter))
+		msg, err := s.GetMsg(ctx, from, jetstream.WithGetMsgSubject(filter))
 		if errors.Is(err, jetstream.ErrMsgNotFound) {
-			continue
+			continue // also where it was purged since info
 		}
 		if err != nil {
-			return 0, fmt.Errorf("read the first event of %s after %d: %w", filter, info.AckFloor.Stream, err)
+			return 0, at, fmt.Errorf("find the first event that consumer %s has not settled: %w", info.Name, err)
 		}
-		if oldest.IsZero() || msg.Time.Before(oldest) {
-			oldest = msg.Time
+		if seq == 0 || msg.Sequence < seq {
+			seq, at = msg.Sequence, msg.Time
 		}
 	}
-	if oldest.IsZero() { // purged in between
-		return 0, nil
-	}
-	return max(time.Since(oldest), 0), nil
+	return seq, at, nil
 }

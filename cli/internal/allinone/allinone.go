@@ -27,6 +27,7 @@ import (
 	"github.com/usherhq/usher/pkg/clerk"
 	"github.com/usherhq/usher/pkg/config"
 	"github.com/usherhq/usher/pkg/database"
+	"github.com/usherhq/usher/pkg/lag"
 	"github.com/usherhq/usher/pkg/lifecycle"
 	"github.com/usherhq/usher/pkg/observe"
 	"github.com/usherhq/usher/pkg/stream"
@@ -64,6 +65,7 @@ type Instance struct {
 
 	cfg      Config
 	starting atomic.Bool // readiness says no
+	lag      *lag.Watch
 	services []lifecycle.Service
 	closers  lifecycle.Closers
 }
@@ -135,6 +137,7 @@ func New(ctx context.Context, cfg Config) (_ *Instance, err error) {
 		return nil, err
 	}
 	i.closers.Add(func() error { return os.Remove(statePath(s.DataDir)) })
+	i.lag.Look(ctx)
 	i.starting.Store(false)
 	return i, nil
 }
@@ -268,10 +271,13 @@ func (i *Instance) openFront(b brokerAccess) error {
 		return err
 	}
 	i.closers.Add(func() error { _ = in.Close(); return nil }) // Run closes it too
+	if i.lag, err = lag.New(i.JS, nil, log, i.Registry); err != nil {
+		return err
+	}
 	ctx, stop := context.WithCancel(context.Background())
 	f := &front{stop: stop, done: make(chan error, 1)}
 	var ended sync.WaitGroup
-	ended.Go(func() { f.done <- lifecycle.Run(ctx, ops, in) })
+	ended.Go(func() { f.done <- lifecycle.Run(ctx, ops, in, i.lag) })
 	i.closers.Add(func() error {
 		stop()
 		ended.Wait()
@@ -325,6 +331,7 @@ func (i *Instance) open(b brokerAccess) error {
 	}
 	i.closers.Add(func() error { con.Close(); return nil })
 	i.services = append(i.services, w, rec, con)
+	i.lag.UseDatabase(i.DB)
 	i.State.ConsoleURL = "http://" + reachable(con.Addr())
 	return nil
 }

@@ -3,9 +3,11 @@ package main
 import (
 	"bytes"
 	"context"
+	"io"
 	"net"
 	"net/http"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -16,6 +18,7 @@ import (
 	"github.com/usherhq/usher/pkg/config"
 	"github.com/usherhq/usher/pkg/natstest"
 	"github.com/usherhq/usher/pkg/process"
+	"github.com/usherhq/usher/pkg/stream"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -32,31 +35,24 @@ func TestWrongSettingsAreAllPrinted(t *testing.T) {
 func TestAnswersFromBrokerAndDatabaseUntilItIsStopped(t *testing.T) {
 	t.Parallel()
 	broker := natstest.New(t)
-	broker.Setup()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	_, js := broker.Setup(stream.HandlerSpec{Name: "mirror"})
+	_, err := js.Publish(t.Context(), "clerk.evt.clerk.user.created.user_1", []byte("{}"))
 	require.NoError(t, err)
-	addr := listener.Addr().String()
-	require.NoError(t, listener.Close())
+	addr, ops := freeAddr(t), freeAddr(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	code := make(chan int, 1)
 	go func() {
 		code <- process.Run(ctx, config.Environ{
 			"USHER_NATS_URL=" + broker.URL(), "USHER_DATABASE_URL=sqlite:" + filepath.Join(t.TempDir(), "usher.db"),
-			"USHER_CONSOLE_ADDR=" + addr, "USHER_OPS_ADDR=127.0.0.1:0", "USHER_LOG_LEVEL=error",
+			"USHER_CONSOLE_ADDR=" + addr, "USHER_OPS_ADDR=" + ops, "USHER_LOG_LEVEL=error",
 		}, &bytes.Buffer{}, program)
 	}()
+	require.Eventually(t, func() bool { return get(t, "http://"+addr+"/api/consumers") != "" }, time.Minute, 20*time.Millisecond)
+	// No worker lives, and that is seen here.
 	require.Eventually(t, func() bool {
-		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+addr+"/api/consumers", nil)
-		require.NoError(t, err)
-		req.Close = true
-		res, err := http.DefaultClient.Do(req)
-		if err != nil {
-			return false
-		}
-		_ = res.Body.Close()
-		return res.StatusCode == http.StatusOK
-	}, 15*time.Second, 20*time.Millisecond)
+		return strings.Contains(get(t, "http://"+ops+"/metrics"), `usher_consumer_pending{handler="mirror"} 1`)
+	}, time.Minute, 20*time.Millisecond)
 	cancel()
 	select {
 	case got := <-code:
@@ -64,4 +60,30 @@ func TestAnswersFromBrokerAndDatabaseUntilItIsStopped(t *testing.T) {
 	case <-time.After(15 * time.Second):
 		t.Fatal("it did not stop within 15 s")
 	}
+}
+
+func freeAddr(t *testing.T) string {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	require.NoError(t, listener.Close())
+	return listener.Addr().String()
+}
+
+// get returns the body of a 200, else nothing.
+func get(t *testing.T, url string) string {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
+	require.NoError(t, err)
+	req.Close = true
+	res, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return ""
+	}
+	defer res.Body.Close()
+	body, err := io.ReadAll(res.Body)
+	if err != nil || res.StatusCode != http.StatusOK {
+		return ""
+	}
+	return string(body)
 }

@@ -7,6 +7,7 @@ import (
 
 	"github.com/usherhq/usher/pkg/config"
 	"github.com/usherhq/usher/pkg/database"
+	"github.com/usherhq/usher/pkg/lag"
 	"github.com/usherhq/usher/pkg/lifecycle"
 	"github.com/usherhq/usher/pkg/process"
 	"github.com/usherhq/usher/worker"
@@ -31,6 +32,11 @@ func start(ctx context.Context, p *process.Process) (lifecycle.Service, error) {
 	if err != nil {
 		return nil, err
 	}
+	watch, err := lag.New(js, db, p.Log, p.Registry)
+	if err != nil {
+		return nil, err
+	}
+	p.Beside = append(p.Beside, watch)
 	return worker.New(worker.ConfigFrom(p.Settings), worker.Deps{
 		JetStream: js, DB: db, Log: p.Log, Registerer: p.Registry, Health: p.Health,
 	})
