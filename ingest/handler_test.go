@@ -56,7 +56,7 @@ func TestAnswers(t *testing.T) {
 		"a type that no header can hold":    {delivery{body: []byte(`{"type":"a\r\nNats-Rollup: all","data":{}}`)}, 202, undecodable},
 		"a type of a megabyte":              {delivery{body: []byte(`{"type":"` + strings.Repeat("a", 900_000) + `","data":{}}`)}, 202, undecodable},
 		"largest body":                      {delivery{body: make([]byte, 1<<20)}, 202, undecodable},
-		"longest id":                        {delivery{id: strings.Repeat("i", 256)}, 202, undecodable},
+		"longest id":                        {delivery{id: strings.Repeat("i", 255)}, 202, undecodable},
 		"a clock 300 s behind":              {delivery{at: now.Add(-300 * time.Second)}, 202, undecodable},
 		"a clock 300 s ahead":               {delivery{at: now.Add(300 * time.Second)}, 202, undecodable},
 		"a query":                           {delivery{path: Path + "?a=b"}, 202, undecodable},
@@ -221,7 +221,7 @@ func TestBodyLimitFollowsTheBroker(t *testing.T) {
 	t.Parallel()
 	const most = 64 << 10
 	b := setupOn(t, natstest.New(t, natstest.WithSync, func(o *server.Options) { o.MaxPayload = most }))
-	assert.Equal(t, 202, b.send(delivery{body: make([]byte, most-stream.HeaderRoom), id: strings.Repeat("i", 256)}).status)
+	assert.Equal(t, 202, b.send(delivery{body: make([]byte, most-stream.HeaderRoom), id: strings.Repeat("i", 255)}).status)
 	assert.Equal(t, 413, b.send(delivery{body: make([]byte, most-stream.HeaderRoom+1)}).status)
 }
 

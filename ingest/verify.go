@@ -7,13 +7,15 @@ import (
 	"time"
 
 	svix "github.com/svix/svix-webhooks/go"
+
+	"github.com/usherhq/usher/pkg/event"
 )
 
 // Tolerance is how far a delivery's timestamp may lie from this machine's clock, either way.
 const Tolerance = 5 * time.Minute
 
 // maxID bounds a delivery's id: Svix makes 31 characters.
-const maxID = 256
+const maxID = event.MaxID
 
 // signed are the three headers that sign a delivery. Only what stands here is verified and used, so
 // a second set of headers in the same request changes nothing.

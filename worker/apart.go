@@ -75,6 +75,7 @@ func (l *loop) takeApart(ctx context.Context, batch []*delivery) {
 			l.putAside(ctx, d)
 		}
 	}()
+	each := false // a row of the delivery log a statement
 	for len(batch) > 0 {
 		if ctx.Err() != nil {
 			l.giveBackAll(batch)
@@ -85,13 +86,16 @@ func (l *loop) takeApart(ctx context.Context, batch []*delivery) {
 			limit = l.cfg.HandleTimeout
 		}
 		chunk := batch[:min(chunkSize, len(batch))]
-		done, err := l.isolate(ctx, chunk, limit)
+		done, err := l.isolate(ctx, chunk, limit, each)
 		var late *lateError
+		var refused *logError
 		switch {
 		case err == nil:
 			batch = batch[done:]
 		case errors.Is(err, inbox.ErrRaced):
 		case ctx.Err() != nil:
+		case isStatement(err) && errors.As(err, &refused) && !each: // which of them does the log refuse?
+			each = true
 		case isStatement(err): // they do not keep the lane from what comes after them, which the database may take
 			if !l.waitOut(ctx, err) {
 				continue
@@ -125,7 +129,9 @@ func (l *loop) takeApart(ctx context.Context, batch []*delivery) {
 //
 // An event that the database refuses with an outage's words while it takes others is put off alone: somebody holds
 // its row, or a trigger that only it meets is broken. Where it takes none the error is the outage's.
-func (l *loop) isolate(ctx context.Context, batch []*delivery, limit time.Duration) (done int, err error) {
+//
+// each writes the row of every event behind its savepoint, which is slower: for where the log refuses some of them.
+func (l *loop) isolate(ctx context.Context, batch []*delivery, limit time.Duration, each bool) (done int, err error) {
 	start := time.Now()
 	var s sorted
 	var good []*delivery
@@ -155,6 +161,11 @@ func (l *loop) isolate(ctx context.Context, batch []*delivery, limit time.Durati
 			err := l.handle(eventCtx, tx.WithContext(eventCtx), []event.Event{d.event})
 			late := err != nil && eventCtx.Err() != nil
 			cancel()
+			if err == nil && each {
+				if err = l.settle(ctx, tx, []*delivery{d}, time.Since(start)/time.Duration(i+1)); errors.Is(err, inbox.ErrRaced) {
+					return err
+				}
+			}
 			switch {
 			case err == nil:
 				good = append(good, d)
@@ -178,25 +189,35 @@ func (l *loop) isolate(ctx context.Context, batch []*delivery, limit time.Durati
 			}
 		}
 		if refused != nil && len(good) == 0 && !l.proof.alone(stuck) {
-			return refused
+			return fmt.Errorf("event %s: %w", stuck[len(stuck)-1].event.ID, refused)
 		}
-		if err := l.settle(ctx, tx, good, time.Since(start)); err != nil {
-			return err
+		if !each {
+			if err := l.settle(ctx, tx, good, time.Since(start)); err != nil {
+				return err
+			}
 		}
 		verdicts = l.judge(ctx, failures)
+		if each {
+			return nil
+		}
 		if err := l.recordIn(ctx, tx, verdicts, pause); err != nil {
 			return err
 		}
 		return l.recordIn(ctx, tx, verdicts, retry)
 	})
 	if err != nil {
-		return 0, err
+		return 0, l.explain(ctx, err)
 	}
 	l.works()
 	l.pace.worked(done, time.Since(start))
 	l.applied(ctx, batch[:done], s, good, start)
-	l.settleFailed(verdicts, retry)
-	l.settleFailed(verdicts, pause)
+	for _, of := range []action{retry, pause} {
+		recorded := verdicts
+		if each {
+			recorded = l.record(ctx, verdicts, of)
+		}
+		l.settleFailed(recorded, of)
+	}
 	l.bury(ctx, verdicts)
 	for _, v := range verdicts {
 		if v.action == giveBack {

@@ -3,6 +3,7 @@ package worker
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"time"
@@ -14,6 +15,7 @@ import (
 	"github.com/usherhq/usher/pkg/database"
 	"github.com/usherhq/usher/pkg/deadletter"
 	"github.com/usherhq/usher/pkg/event"
+	"github.com/usherhq/usher/pkg/stream"
 )
 
 // action is what becomes of an event after an attempt to apply it.
@@ -47,11 +49,14 @@ func decide(err error, attempt, limit int, stopping bool) action {
 // isOutage tells whether err is the infrastructure's and not the event's.
 func isOutage(err error) bool {
 	var own *ownError
+	var refused *logError
 	switch {
 	case errors.Is(err, errBroker), errors.Is(err, errSlow):
 		return true
 	case errors.Is(err, errTimeout), errors.Is(err, errPanic), errors.As(err, &own):
 		return false
+	case errors.As(err, &refused): // whatever keeps the log from being written is no attempt of the event
+		return true
 	default:
 		return database.IsInfrastructure(err)
 	}
@@ -60,6 +65,10 @@ func isOutage(err error) bool {
 // isStatement tells whether an outage is what the database said of one statement, on a connection that goes on: it may be
 // that of one event. Two transactions in each other's way are everybody's.
 func isStatement(err error) bool {
+	var refused *logError
+	if errors.As(err, &refused) {
+		return !refused.all && !errors.Is(err, errBroker)
+	}
 	return isOutage(err) && database.IsStatement(err) && !isConflict(err)
 }
 
@@ -84,17 +93,84 @@ type ownError struct{ err error }
 func (e *ownError) Error() string { return e.err.Error() }
 func (e *ownError) Unwrap() error { return e.err }
 
+// logError is the database's refusal of a statement of the delivery log's own. A handler's work is done then, and no row can say so.
+type logError struct {
+	err error
+	all bool // a plain row is refused too: the table is not as Usher made it
+}
+
+func (e *logError) Error() string {
+	if !e.all {
+		return e.err.Error()
+	}
+	return what(e.err) + " keeps the delivery log from being written; undo what was changed there: " + e.err.Error()
+}
+
+func (e *logError) Unwrap() error { return e.err }
+
+// what names the part of the table deliveries that a refusal is about, as far as the database tells.
+func what(err error) string {
+	var pg *pgconn.PgError
+	switch {
+	case !errors.As(err, &pg):
+	case pg.ConstraintName != "":
+		return "constraint " + pg.ConstraintName + " of table deliveries"
+	case pg.ColumnName != "":
+		return "column " + pg.ColumnName + " of table deliveries"
+	case pg.Code == "P0001": // raised by hand
+		return "a trigger of table deliveries"
+	}
+	return "table deliveries"
+}
+
+// logFailed wraps an error of the delivery log's own statement.
+func logFailed(operation string, err error) error {
+	err = fmt.Errorf("%s: %w", operation, err)
+	if database.IsRefusal(err) && !isConflict(err) {
+		return &logError{err: err}
+	}
+	return err
+}
+
 // Error codes of the broker that the client library has no names for (nats-server server/errors.json).
 const (
 	codeStreamFull  jetstream.ErrorCode = 10077
 	codeNoResources jetstream.ErrorCode = 10023
 	codeTooLarge    jetstream.ErrorCode = 10054
+	codeSealed      jetstream.ErrorCode = 10109
 )
+
+// isRefused tells whether the broker answered that it does not store a message, or that no stream takes it.
+func isRefused(err error) bool {
+	var api *jetstream.APIError
+	return errors.As(err, &api) || isTooLarge(err) || isMissingStream(err)
+}
+
+func isMissingStream(err error) bool {
+	return errors.Is(err, jetstream.ErrNoStreamResponse) || errors.Is(err, jetstream.ErrStreamNotFound) || errors.Is(err, nats.ErrNoResponders)
+}
 
 // isFull tells whether the broker has no room for a message.
 func isFull(err error) bool {
 	var api *jetstream.APIError
 	return errors.As(err, &api) && (api.ErrorCode == codeStreamFull || api.ErrorCode == codeNoResources)
+}
+
+// advise says what is to be done about a dead letter that the broker does not store.
+func advise(err error) string {
+	var api *jetstream.APIError
+	switch {
+	case isFull(err):
+		return "stream " + stream.DeadLetters + " has no room: replay or discard dead letters, or give it more"
+	case isTooLarge(err):
+		return "an event is larger than the broker takes now: raise its max_payload, or max_msg_size of stream " + stream.DeadLetters
+	case isMissingStream(err):
+		return "no stream takes dead letters: run `usher setup` if stream " + stream.DeadLetters + " is missing"
+	case errors.As(err, &api) && api.ErrorCode == codeSealed:
+		return "stream " + stream.DeadLetters + " is sealed: delete it once its letters are saved, and run `usher setup`"
+	default:
+		return "stream " + stream.DeadLetters + " does not take letters"
+	}
 }
 
 func isTooLarge(err error) bool {

@@ -9,7 +9,6 @@ import (
 	"strings"
 	"sync"
 	"time"
-	"unicode/utf8"
 
 	"github.com/cenkalti/backoff/v4"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -29,6 +28,7 @@ import (
 // loop works on one handler's events. Its two lanes share everything here.
 type loop struct {
 	broker  trouble // of the subscription
+	letters *letters
 	outage  outage
 	proof   *proof
 	aside   chan *delivery // to the lane of events that take long
@@ -65,8 +65,8 @@ type work struct {
 
 func newLoop(w *Worker, h Handler, p *proof) *loop {
 	return &loop{
-		proof: p,
-		cfg:   w.cfg, handler: h, js: w.deps.JetStream, db: w.deps.DB, inbox: inbox.New(h.Name()), metrics: w.metrics,
+		proof: p, letters: &w.letters,
+		cfg: w.cfg, handler: h, js: w.deps.JetStream, db: w.deps.DB, inbox: inbox.New(h.Name()), metrics: w.metrics,
 		log: w.deps.Log.With(zap.String("service", "worker"), zap.String("handler", h.Name())),
 	}
 }
@@ -341,7 +341,6 @@ func (l *loop) parse(messages []jetstream.Msg) (batch []*delivery, failures []fa
 		}
 		d := &delivery{msg: msg}
 		d.event, err = stream.Parse(msg.Headers(), msg.Data(), meta.Sequence.Stream)
-		storable(&d.event)
 		if d.event.ReceivedAt.IsZero() {
 			d.event.ReceivedAt = meta.Timestamp
 		}
@@ -363,18 +362,6 @@ func (l *loop) parse(messages []jetstream.Msg) (batch []*delivery, failures []fa
 		}
 	}
 	return batch, failures
-}
-
-// storable makes the names of an event fit for a column of text. PostgreSQL refuses some that JSON allows, and the
-// delivery log must be able to take every event: without a row an event's attempts would never end.
-func storable(e *event.Event) {
-	typ, origin, first := string(e.Type), string(e.Origin), string(e.FirstOrigin)
-	for _, s := range []*string{&e.ID, &typ, &e.Source, &origin, &first, &e.Object.ID, &e.Object.UserID, &e.ReplayID} {
-		if strings.ContainsRune(*s, 0) || !utf8.ValidString(*s) {
-			*s = strings.ToValidUTF8(strings.ReplaceAll(*s, "\x00", "\uFFFD"), "\uFFFD")
-		}
-	}
-	e.Type, e.Origin, e.FirstOrigin = event.Type(typ), event.Origin(origin), event.Origin(first)
 }
 
 // In the lanes a batch may take batchLimit where the database is quick, and an event that is told apart from others eventLimit: what
@@ -447,7 +434,7 @@ func (l *loop) attempt(ctx context.Context, batch []*delivery, limit time.Durati
 		return l.settle(ctx, tx, s.todo, time.Since(start))
 	})
 	if err != nil {
-		return err
+		return l.explain(ctx, err)
 	}
 	l.works()
 	l.applied(ctx, batch, s, s.todo, start)
@@ -498,11 +485,20 @@ const (
 func (l *loop) sort(ctx context.Context, tx *gorm.DB, batch []*delivery) (sorted, error) {
 	known, err := l.inbox.Find(ctx, tx, refs(batch))
 	if err != nil {
-		return sorted{}, fmt.Errorf("look into the inbox: %w", err)
+		return sorted{}, logFailed("look into the delivery log", err)
 	}
 	var s sorted
 	for _, d := range batch {
 		d.known = known[d.event.Ref()].For(&d.event)
+		if d.known.Status == inbox.Dead { // a crash came between the row and the end of the original; else nobody would send it
+			there, err := deadletter.Exists(ctx, l.js, l.handler.Name(), d.event.Ref(), d.known.LetterSeq)
+			if err != nil {
+				return sorted{}, fmt.Errorf("look up dead letter of %s: %w: %w", d.event.ID, errBroker, err)
+			}
+			if !there {
+				d.known = inbox.Known{}
+			}
+		}
 		switch {
 		case d.known.Settled():
 		case time.Until(d.known.NextAttemptAt) > retrySlack && time.Until(d.known.WrittenAt) < clockSlack: // else the clock was set back
@@ -526,9 +522,32 @@ func (l *loop) settle(ctx context.Context, tx *gorm.DB, good []*delivery, took t
 		entries[i] = inbox.Entry{Event: &d.event, Status: inbox.Processed, Attempts: d.known.Attempts + 1, Duration: took / time.Duration(len(good))}
 	}
 	if err := l.inbox.Settle(ctx, tx, entries); err != nil {
-		return fmt.Errorf("write the delivery log: %w", err)
+		return logFailed("write the delivery log", err)
 	}
 	return nil
+}
+
+// explain tells, of a statement of the delivery log's own that was refused, whether the table refuses every row or this event's alone:
+// by a plain row, which is taken back. It asks outside of the transaction that failed, which has ended.
+func (l *loop) explain(ctx context.Context, err error) error {
+	var refused *logError
+	if !errors.As(err, &refused) || errors.Is(err, errSlow) {
+		return err
+	}
+	plain := l.inTx(ctx, l.cfg.HandleTimeout, eventLockTimeout, func(ctx context.Context, tx *gorm.DB) error {
+		if err := l.inbox.Try(ctx, tx); err != nil {
+			return logFailed("write the delivery log", err)
+		}
+		return errRollback
+	})
+	switch {
+	case errors.Is(plain, errRollback):
+		return err
+	case errors.As(plain, &refused):
+		return &logError{err: refused.err, all: true}
+	default:
+		return plain
+	}
 }
 
 // applied acks what the committed transaction settled and what was settled before, and counts.
@@ -626,6 +645,8 @@ type verdict struct {
 	action action
 	entry  inbox.Entry
 	delay  time.Duration // of a retry
+	// unwritten: the log refuses the event's row
+	unwritten bool
 }
 
 // judge gives the verdicts on events that failed for their own reasons.
@@ -649,6 +670,10 @@ func (l *loop) judge(ctx context.Context, failures []failure) []verdict {
 		case pause: // it costs no attempt, and comes again ever later
 			v.entry.Attempts, v.entry.Reason, v.entry.Fingerprint = f.known.Attempts, "", ""
 			v.delay = min(max(now.Sub(v.entry.FirstFailedAt), l.cfg.RetryInitial), l.cfg.RetryMax, maxPutOff)
+			var refused *logError
+			if v.unwritten = errors.As(f.err, &refused); v.unwritten { // nothing remembers how long it has been so
+				v.delay = min(l.cfg.RetryMax, maxPutOff)
+			}
 			v.entry.NextAttemptAt = now.Add(v.delay)
 		case ack, deadLetter, giveBack:
 		}
@@ -663,9 +688,7 @@ func (l *loop) failAll(ctx context.Context, failures []failure) {
 		return
 	}
 	verdicts := l.judge(ctx, failures)
-	if l.record(ctx, verdicts, retry) {
-		l.settleFailed(verdicts, retry)
-	}
+	l.settleFailed(l.record(ctx, verdicts, retry), retry)
 	l.bury(ctx, verdicts)
 	for _, v := range verdicts {
 		if v.action == giveBack {
@@ -678,7 +701,7 @@ func (l *loop) failAll(ctx context.Context, failures []failure) {
 func (l *loop) recordIn(ctx context.Context, tx *gorm.DB, verdicts []verdict, of action) error {
 	var entries []inbox.Entry
 	for _, v := range verdicts {
-		if v.action == of {
+		if v.action == of && !v.unwritten {
 			entries = append(entries, v.entry)
 		}
 	}
@@ -686,44 +709,46 @@ func (l *loop) recordIn(ctx context.Context, tx *gorm.DB, verdicts []verdict, of
 		return nil
 	}
 	if err := l.inbox.Record(ctx, tx, entries); err != nil {
-		return fmt.Errorf("record failed attempts: %w", err)
+		return logFailed("record failed attempts", err)
 	}
 	return nil
 }
 
-// record writes the rows of one kind of verdict in a transaction of their own and waits out an outage. False means that they
-// are not written; their events were given back.
-func (l *loop) record(ctx context.Context, verdicts []verdict, of action) bool {
-	if !slices.ContainsFunc(verdicts, func(v verdict) bool { return v.action == of }) {
-		return true
-	}
-	for {
-		err := l.inTx(ctx, l.cfg.HandleTimeout, lockTimeout, func(ctx context.Context, tx *gorm.DB) error { return l.recordIn(ctx, tx, verdicts, of) })
+// record writes the rows of one kind of verdict in a transaction of their own and waits out an outage. It returns those that are
+// written; the events of the others were given back, or deferred where the log refuses their rows alone.
+func (l *loop) record(ctx context.Context, verdicts []verdict, of action) []verdict {
+	verdicts = slices.DeleteFunc(slices.Clone(verdicts), func(v verdict) bool { return v.action != of })
+	for len(verdicts) > 0 {
+		err := l.explain(ctx, l.inTx(ctx, l.cfg.HandleTimeout, lockTimeout, func(ctx context.Context, tx *gorm.DB) error { return l.recordIn(ctx, tx, verdicts, of) }))
 		switch {
 		case err == nil:
 			l.works()
-			return true
-		case ctx.Err() == nil && l.isOutage(ctx, err):
+			return verdicts
+		case ctx.Err() != nil:
+		case l.isOutage(ctx, err) && !isStatement(err):
 			if l.waitOut(ctx, err) {
 				continue
 			}
-		case ctx.Err() == nil:
-			// Nothing that is known ends here. It comes again later, seldom enough to be no harm.
-			l.log.Error("delivery log refuses failed attempts", zap.Error(err))
-			for _, v := range verdicts {
-				if v.action == of {
-					l.nak(v.msg, l.cfg.RetryMax)
-				}
+		case len(verdicts) > 1:
+			var written []verdict
+			for i := range verdicts {
+				written = append(written, l.record(ctx, verdicts[i:i+1], of)...)
 			}
-			return false
+			return written
+		default:
+			delay := min(l.cfg.RetryMax, maxPutOff)
+			l.nak(verdicts[0].msg, delay)
+			l.metrics.deliveries.WithLabelValues(l.handler.Name(), "put_off").Inc()
+			l.log.Warn("the delivery log refuses this event's failed attempt, deferred", zap.String("event_id", verdicts[0].event.ID),
+				zap.Uint64("stream_seq", verdicts[0].event.Seq), zap.Duration("delay", delay), zap.String("error", logged(err.Error())))
+			return nil
 		}
 		for _, v := range verdicts {
-			if v.action == of {
-				l.giveBack(v.msg)
-			}
+			l.giveBack(v.msg)
 		}
-		return false
+		return nil
 	}
+	return nil
 }
 
 // settleFailed tells the broker what was recorded: a later redelivery, or none.
@@ -769,7 +794,7 @@ func logged(text string) string {
 const letterWriters = 32
 
 // bury dead-letters what is to be: the letters first, since an original is given up only when its letter is durable, then the
-// rows, then the originals.
+// rows, then the originals. An event whose letter cannot be stored is kept, and holds up nobody else.
 func (l *loop) bury(ctx context.Context, verdicts []verdict) {
 	var dead []verdict
 	for _, v := range verdicts {
@@ -778,7 +803,7 @@ func (l *loop) bury(ctx context.Context, verdicts []verdict) {
 			dead = append(dead, v)
 		}
 	}
-	for len(dead) > 0 {
+	for waited := false; len(dead) > 0; waited = true {
 		errs := make([]error, len(dead))
 		var group errgroup.Group
 		group.SetLimit(letterWriters)
@@ -795,17 +820,18 @@ func (l *loop) bury(ctx context.Context, verdicts []verdict) {
 			switch {
 			case errs[i] == nil:
 				put = append(put, v)
-			case isFull(errs[i]):
-				// No room for letters must not stop the healthy events. The original is kept instead.
-				l.nak(v.msg, l.cfg.RetryMax)
-				l.log.Error("dead letter has no room, event is kept: replay or discard dead letters, or give stream "+stream.DeadLetters+" more room",
-					zap.String("event_id", v.event.ID), zap.String("source", v.event.Source), zap.Uint64("stream_seq", v.event.Seq), zap.Duration("delay", l.cfg.RetryMax), zap.Error(errs[i]))
+			// Of a broker that answers everything but this, waiting for it has made nothing better.
+			case isRefused(errs[i]), waited && ctx.Err() == nil && l.probe(ctx) == nil:
+				l.keep(ctx, v, errs[i])
 			default:
 				rest, cause = append(rest, v), errs[i]
 			}
 		}
-		if l.record(ctx, put, deadLetter) {
-			l.settleFailed(put, deadLetter)
+		if len(put) > 0 {
+			for _, v := range put {
+				l.letters.stored(v.event.Ref())
+			}
+			l.settleFailed(l.record(ctx, put, deadLetter), deadLetter)
 		}
 		if len(rest) > 0 && !l.waitOut(ctx, cause) {
 			for _, v := range rest {
@@ -817,7 +843,32 @@ func (l *loop) bury(ctx context.Context, verdicts []verdict) {
 	}
 }
 
+// keep defers an event whose letter cannot be stored. The row says why it waits.
+func (l *loop) keep(ctx context.Context, v verdict, cause error) {
+	now := time.Now()
+	cause = fmt.Errorf("%s: %w", advise(cause), cause)
+	v.action, v.entry.Status, v.entry.LetterSeq = retry, inbox.Retrying, 0
+	v.delay = min(max(now.Sub(v.entry.FirstFailedAt), l.cfg.RetryInitial), l.cfg.RetryMax)
+	v.entry.NextAttemptAt = now.Add(v.delay)
+	v.entry.Error = deadletter.OneLine("dead letter not stored, event is kept: " + cause.Error() + "; the event's own error: " + v.entry.Error)
+	tell := l.letters.failed(v.event.Ref(), cause, isTooLarge(cause), v.delay)
+	if len(l.record(ctx, []verdict{v}, retry)) == 0 {
+		return
+	}
+	l.nak(v.msg, v.delay)
+	l.metrics.deliveries.WithLabelValues(l.handler.Name(), "put_off").Inc()
+	level := zap.DebugLevel
+	if tell {
+		level = zap.ErrorLevel
+	}
+	l.log.Log(level, "dead letter not stored, event is kept", zap.String("event_id", v.event.ID), zap.String("event_type", string(v.event.Type)),
+		zap.String("source", v.event.Source), zap.Uint64("stream_seq", v.event.Seq), zap.Duration("delay", v.delay), zap.Error(cause))
+}
+
 func (l *loop) putDeadLetter(ctx context.Context, v verdict) (uint64, error) {
+	if err := l.letters.refusal(); err != nil {
+		return 0, err
+	}
 	putCtx, cancel := context.WithTimeout(ctx, stream.PublishTimeout)
 	defer cancel()
 	record := &deadletter.Record{

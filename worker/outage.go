@@ -13,6 +13,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/usherhq/usher/pkg/database"
+	"github.com/usherhq/usher/pkg/event"
 	"github.com/usherhq/usher/pkg/stream"
 )
 
@@ -182,4 +183,74 @@ func (c *calls) oldest() time.Time {
 // outageBackoff is how often something that is away is probed: from 100 ms to 5 s, with jitter, for ever.
 func outageBackoff() *backoff.ExponentialBackOff {
 	return backoff.NewExponentialBackOff(backoff.WithInitialInterval(100*time.Millisecond), backoff.WithMaxInterval(5*time.Second), backoff.WithMaxElapsedTime(0))
+}
+
+// letters is what all loops of a worker know of the dead-letter stream: why it did not take a letter last time. Its zero value
+// is no trouble.
+type letters struct {
+	mu     sync.Mutex
+	err    error
+	single bool               // it is about single letters, and says nothing of others
+	kept   map[event.Ref]bool // those, by their events
+	at     time.Time          // when the stream was asked last
+	until  time.Time          // when it is stale, since whoever was refused has had its next try
+	told   time.Time          // when it was logged last
+}
+
+// Of a stream that takes no letters, each one is not asked again so soon, and no more often told of.
+const (
+	lettersPause = time.Second
+	lettersTell  = time.Minute
+)
+
+// failed notes that the letter of an event was not stored, and tells whether to log it. single: for a reason that is not the stream's.
+func (l *letters) failed(e event.Ref, err error, single bool, again time.Duration) (tell bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	now := time.Now()
+	tell = l.err == nil || l.single != single || now.Sub(l.told) > lettersTell
+	if tell {
+		l.told = now
+	}
+	if single {
+		if l.kept == nil || len(l.kept) > mostRefused {
+			l.kept = map[event.Ref]bool{}
+		}
+		l.kept[e] = true
+	}
+	if now.Sub(l.at) > lettersPause { // else it was not asked
+		l.at = now
+	}
+	l.err, l.single, l.until = err, single, now.Add(again+time.Minute)
+	return tell
+}
+
+// stored notes that the letter of an event was.
+func (l *letters) stored(e event.Ref) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	delete(l.kept, e)
+	if !l.single || len(l.kept) == 0 {
+		l.err = nil
+	}
+}
+
+// refusal is why a letter need not be tried right now.
+func (l *letters) refusal() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.err == nil || l.single || time.Since(l.at) > lettersPause {
+		return nil
+	}
+	return errors.Unwrap(l.err)
+}
+
+// check is readiness: healthy events are applied all the same, so no handler is paused.
+func (l *letters) check() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.err == nil || time.Now().After(l.until) {
+		return nil
+	}
+	return fmt.Errorf("dead letters are not stored, their events are kept: %w", l.err)
 }

@@ -109,7 +109,8 @@ type Worker struct {
 	metrics *metrics
 	loops   map[string][]*loop // by handler
 	idle    trouble            // of the database, also while there is nothing to do
-	holding holding            // only clean uses it
+	letters letters
+	holding holding // only clean uses it
 }
 
 // New checks the configuration; it neither dials nor reads.
@@ -144,6 +145,7 @@ func (w *Worker) Run(ctx context.Context) error {
 	for name := range w.loops {
 		w.deps.Health.Add("worker "+name, func() error { return w.check(name) })
 	}
+	w.deps.Health.Add("dead letters", w.letters.check)
 	if err := w.waitForDatabase(ctx); err != nil {
 		return err
 	}

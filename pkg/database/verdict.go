@@ -22,6 +22,7 @@ var infrastructure = []string{
 	"28",                      // the password was changed under us
 	"3D000", "3F000", "42P01", // database, schema or table gone: a restore in progress. Services check them before they begin
 	"40001", "40P01", // serialization failure, deadlock
+	"42703", "42704", "42804", "42809", "42883", "428C9", "42P10", "55000", // a column, its type or the key altered by hand, a view in place of the table
 	"42501",                                              // rights were taken away
 	"53",                                                 // too many connections, disk full, out of memory
 	"55P03",                                              // lock_timeout
@@ -55,7 +56,7 @@ func IsInfrastructure(err error) bool {
 	}
 	var lite *sqlite.Error
 	if errors.As(err, &lite) {
-		return sqliteInfrastructure[lite.Code()&0xff] || isMissingTable(err)
+		return sqliteInfrastructure[lite.Code()&0xff] || isMissingTable(err) || isMissingColumn(err)
 	}
 	for _, target := range []error{
 		context.Canceled, context.DeadlineExceeded, driver.ErrBadConn, sql.ErrConnDone, sql.ErrTxDone,
@@ -81,7 +82,17 @@ func IsStatement(err error) bool {
 	if errors.As(err, &pg) {
 		return pg.SeverityUnlocalized == "ERROR" // a FATAL one ends the connection
 	}
-	return isMissingTable(err)
+	return isMissingTable(err) || isMissingColumn(err)
+}
+
+// IsRefusal tells whether the database answered one statement with an error of any kind, infrastructure or data, and goes on.
+func IsRefusal(err error) bool {
+	var pg *pgconn.PgError
+	if errors.As(err, &pg) {
+		return pg.SeverityUnlocalized == "ERROR"
+	}
+	var lite *sqlite.Error
+	return errors.As(err, &lite) && !sqliteInfrastructure[lite.Code()&0xff]
 }
 
 // IsConstraint tells whether the database refused the data by a rule of the schema (NOT NULL, CHECK, a key).
@@ -102,4 +113,15 @@ func isMissingTable(err error) bool {
 	}
 	var lite *sqlite.Error
 	return errors.As(err, &lite) && lite.Code()&0xff == 1 && strings.Contains(lite.Error(), "no such table: ")
+}
+
+// isMissingColumn tells whether a query of SQLite named a column, or a key of ON CONFLICT, that does not exist.
+func isMissingColumn(err error) bool {
+	var lite *sqlite.Error
+	if !errors.As(err, &lite) || lite.Code()&0xff != 1 {
+		return false
+	}
+	text := lite.Error()
+	return strings.Contains(text, "no such column: ") || strings.Contains(text, " has no column named ") ||
+		strings.Contains(text, "ON CONFLICT clause does not match any ")
 }

@@ -10,6 +10,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 	"gorm.io/gorm"
 
+	"github.com/usherhq/usher/pkg/event"
 	"github.com/usherhq/usher/pkg/stream"
 )
 
@@ -72,6 +73,18 @@ func read(ctx context.Context, s jetstream.Stream, e Entry) (*jetstream.RawStrea
 		return nil, ErrGone
 	}
 	return msg, nil
+}
+
+// Exists tells whether the letter of an event is still there. The error is the broker's: it cannot tell.
+func Exists(ctx context.Context, js jetstream.JetStream, handler string, e event.Ref, seq uint64) (bool, error) {
+	s, err := open(ctx, js)
+	if err == nil {
+		_, err = read(ctx, s, Entry{Handler: handler, Source: e.Source, EventID: e.ID, LetterSeq: seq})
+	}
+	if errors.Is(err, ErrGone) || errors.Is(err, stream.ErrSetup) {
+		return false, nil
+	}
+	return err == nil, err
 }
 
 // parse reads a letter back.

@@ -3,8 +3,8 @@
 // It decodes the envelope of a webhook once and cheaply, finds the person an event is about, and
 // gives every event the version by which rows are ordered. It guarantees that decoding never
 // fails for an unknown type, an unknown field or a field of an unexpected type: only a body that
-// is not a JSON object (or nested deeper than encoding/json goes, 10,000 levels), or that lacks type or
-// data, is [ErrMalformed]. It knows no database, no
+// is not a JSON object (or nested deeper than encoding/json goes, 10,000 levels), that lacks type or
+// data, or whose type or ids are over [MaxID], is [ErrMalformed]. It knows no database, no
 // broker and no network, and imports only the standard library.
 package event
 
@@ -169,8 +169,18 @@ func Decode(body []byte) (Event, error) {
 		return Event{}, fmt.Errorf("%w: data is missing or not an object", ErrMalformed)
 	}
 	e.Object = objectOf(e.Type, e.Data)
+	for _, id := range []struct{ name, value string }{
+		{"type", string(e.Type)}, {"the object's id", e.Object.ID}, {"the user's id", e.Object.UserID}, {"the organization's id", e.Object.OrgID},
+	} {
+		if len(id.value) > MaxID {
+			return Event{}, fmt.Errorf("%w: %s has %d bytes, at most %d are taken", ErrMalformed, id.name, len(id.value), MaxID)
+		}
+	}
 	return e, nil
 }
+
+// MaxID bounds every id of an event, and its type, in bytes: they are keys of tables and indexes. Clerk's have some 30.
+const MaxID = 255
 
 // objectOf finds the head of an object, with the user and the organization that Clerk keeps in another place
 // for each resource.

@@ -85,6 +85,9 @@ func (s *Server) Stop() {
 	}
 }
 
+// MaxPayload changes what the server takes from its next Start on.
+func (s *Server) MaxPayload(bytes int32) { s.opts.MaxPayload = bytes }
+
 // URL is where the server listens.
 func (s *Server) URL() string { return s.srv.ClientURL() }
 

@@ -9,10 +9,13 @@ package stream
 
 import (
 	"cmp"
+	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
@@ -138,5 +141,23 @@ func Parse(header nats.Header, body []byte, seq uint64) (event.Event, error) {
 	if at, perr := time.Parse(time.RFC3339Nano, header.Get(HeaderReceivedAt)); perr == nil {
 		e.ReceivedAt = at
 	}
+	storable(&e)
 	return e, err
+}
+
+// storable makes the names of an event fit for a column of text and for an index. PostgreSQL refuses some that JSON and headers
+// allow, and the delivery log must be able to take every event: without a row an event's attempts would never end. What is
+// too long is cut, with a digest of the whole, so that it stays one of a kind.
+func storable(e *event.Event) {
+	typ, origin, first := string(e.Type), string(e.Origin), string(e.FirstOrigin)
+	for _, s := range []*string{&e.ID, &typ, &e.Source, &origin, &first, &e.Object.ID, &e.Object.UserID, &e.ReplayID} {
+		if strings.ContainsRune(*s, 0) || !utf8.ValidString(*s) {
+			*s = strings.ToValidUTF8(strings.ReplaceAll(*s, "\x00", "\uFFFD"), "\uFFFD")
+		}
+		if len(*s) > event.MaxID {
+			sum := sha256.Sum256([]byte(*s))
+			*s = strings.ToValidUTF8((*s)[:200], "") + ":" + hex.EncodeToString(sum[:12])
+		}
+	}
+	e.Type, e.Origin, e.FirstOrigin = event.Type(typ), event.Origin(origin), event.Origin(first)
 }

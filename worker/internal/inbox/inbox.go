@@ -5,6 +5,7 @@ package inbox
 
 import (
 	"context"
+	"crypto/rand"
 	"database/sql"
 	"errors"
 	"fmt"
@@ -54,9 +55,11 @@ type Known struct {
 	NextAttemptAt time.Time
 	WrittenAt     time.Time // of the row
 	ReplayID      string
-	Seq           uint64 // of the delivery that the row is of
-	Late          bool   // the last attempt ran out of time
-	PutOff        bool   // the database refused it last time, which was no attempt
+	Seq           uint64    // of the delivery that the row is of
+	ReceivedAt    time.Time // of that delivery: a stream that was recreated counts from one again
+	LetterSeq     uint64    // of a dead one
+	Late          bool      // the last attempt ran out of time
+	PutOff        bool      // the database refused it last time, which was no attempt
 }
 
 // For is what the log says to this delivery of the event. A deliberate replay that the log has not seen yet
@@ -67,13 +70,19 @@ func (k Known) For(e *event.Event) Known {
 	if k.Status == Processed && strings.HasPrefix(e.ReplayID, stream.LetterReplay) {
 		return k
 	}
-	if e.ReplayID != "" && e.ReplayID != k.ReplayID || k.Status == Dead && k.Seq != e.Seq {
+	if e.ReplayID != "" && e.ReplayID != k.ReplayID || k.Status == Dead && !k.same(e) {
 		return Known{}
 	}
 	return k
 }
 
-// Settled tells whether the event needs nothing more from the handler. A dead letter is durable before its row is.
+// same tells whether the row is of this delivery. Databases keep a time to the microsecond.
+func (k Known) same(e *event.Event) bool {
+	return k.Seq == e.Seq && k.ReceivedAt.Sub(e.ReceivedAt).Abs() < time.Millisecond
+}
+
+// Settled tells whether the event needs nothing more from the handler. A dead letter is durable before its row is,
+// but may have been lost since: the caller looks.
 func (k Known) Settled() bool {
 	return k.Status == Processed || k.Status == Discarded || k.Status == Dead
 }
@@ -106,7 +115,7 @@ func (i *Inbox) Find(ctx context.Context, tx *gorm.DB, events []event.Ref) (map[
 }
 
 func (i *Inbox) find(ctx context.Context, tx *gorm.DB, source string, ids []string, known map[event.Ref]Known) error {
-	const columns = "SELECT event_id, status, attempts, first_failed_at, next_attempt_at, processed_at, replay_id, stream_seq, reason FROM deliveries WHERE handler = "
+	const columns = "SELECT event_id, status, attempts, first_failed_at, next_attempt_at, processed_at, replay_id, stream_seq, reason, received_at, letter_seq FROM deliveries WHERE handler = "
 	query, args := columns+"$1 AND source = $2 AND event_id = ANY($3::text[])", []any{i.handler, source, ids}
 	if !database.IsPostgres(tx) {
 		query, args = columns+"? AND source = ? AND event_id IN (?"+strings.Repeat(",?", len(ids)-1)+")", []any{i.handler, source}
@@ -124,12 +133,12 @@ func (i *Inbox) find(ctx context.Context, tx *gorm.DB, source string, ids []stri
 		var k Known
 		var first, next, written sql.NullTime
 		var replay, reason sql.NullString
-		var seq sql.NullInt64
-		if err := rows.Scan(&id, &k.Status, &k.Attempts, &first, &next, &written, &replay, &seq, &reason); err != nil {
+		var seq, letter sql.NullInt64
+		if err := rows.Scan(&id, &k.Status, &k.Attempts, &first, &next, &written, &replay, &seq, &reason, &k.ReceivedAt, &letter); err != nil {
 			return fmt.Errorf("read delivery: %w", err)
 		}
 		k.FirstFailedAt, k.NextAttemptAt, k.WrittenAt, k.ReplayID = first.Time, next.Time, written.Time, replay.String
-		k.Seq = uint64(max(seq.Int64, 0))
+		k.Seq, k.LetterSeq = uint64(max(seq.Int64, 0)), uint64(max(letter.Int64, 0))
 		k.Late = reason.String == string(deadletter.Timeout)
 		k.PutOff = k.Status == Retrying && !reason.Valid
 		known[event.Ref{Source: source, ID: id}] = k
@@ -156,6 +165,17 @@ func (i *Inbox) Settle(ctx context.Context, tx *gorm.DB, entries []Entry) error 
 func (i *Inbox) Record(ctx context.Context, tx *gorm.DB, entries []Entry) error {
 	_, err := i.write(ctx, tx, entries)
 	return err
+}
+
+// Try reads and writes a plain row of its own, for the caller to roll back. An error says that the log takes no row at all.
+func (i *Inbox) Try(ctx context.Context, tx *gorm.DB) error {
+	e := event.Event{ID: "try_" + rand.Text(), Type: "user.created", Source: "clerk", Origin: event.OriginWebhook, ReceivedAt: time.Now(), Seq: 1}
+	e.Object.ID = e.ID
+	e.Object.UserID = e.ID
+	if _, err := i.Find(ctx, tx, []event.Ref{e.Ref()}); err != nil {
+		return err
+	}
+	return i.Settle(ctx, tx, []Entry{{Event: &e, Status: Processed, Attempts: 1, Duration: time.Millisecond}})
 }
 
 var upsert = database.Upsert{
