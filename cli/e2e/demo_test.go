@@ -177,8 +177,8 @@ func TestServeWaitsForADatabaseThatStartsLater(t *testing.T) {
 		return db.Table("users").Count(&n).Error == nil && n == 20
 	}, 60*time.Second, 20*time.Millisecond, "what came before the database is applied")
 	assert.Equal(t, 0, p.stop(), p.stderr.String())
-	assert.Contains(t, p.stderr.String(), "database is away, waiting for it")
-	assert.Contains(t, p.stderr.String(), "database is there")
+	assert.Contains(t, p.stderr.String(), "database does not answer, waiting for it")
+	assert.Contains(t, p.stderr.String(), "database answers")
 
 	p = start(t, append(slices.Clone(env[:2]), "USHER_DATABASE_URL=sqlite:/proc/nowhere/usher.db"), "serve")
 	assert.Equal(t, 2, p.wait(20*time.Second), "what waiting does not mend is said at once")

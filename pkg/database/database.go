@@ -27,6 +27,7 @@ var (
 	ErrNoDatabase  = errors.New("database does not exist")
 	ErrPending     = errors.New("migrations are pending")
 	ErrNewer       = errors.New("database is newer than this program")
+	ErrUnusable    = errors.New("database or its URL cannot be used as it is") // waiting is no cure
 )
 
 // How long Open waits for an answer. A file answers at once, unless somebody writes to it or the disk is busy.
@@ -52,14 +53,15 @@ func Open(ctx context.Context, url, schema string) (*gorm.DB, error) {
 	case "sqlite":
 		return openSQLite(ctx, rest)
 	case "":
-		return nil, errors.New("open database: the URL is empty; use postgres://… or sqlite:PATH")
+		return nil, unusable(nil, "the URL is empty; use postgres://… or sqlite:PATH")
 	default: // not echoed: what is not understood may hold a password anywhere
-		return nil, errors.New("open database: the URL is neither postgres://… nor sqlite:PATH")
+		return nil, unusable(nil, "the URL is neither postgres://… nor sqlite:PATH")
 	}
 }
 
 // Await is [Open] for a service: it waits until a PostgreSQL that does not answer, or takes no connection yet, does. What waiting
-// does not mend (a wrong password, a database that does not exist) is an error at once, and so is ctx's end.
+// does not cure (a wrong password, a database that does not exist, [ErrUnusable]) is an error at once, and so is ctx's end. What
+// [Warnings] names is logged.
 func Await(ctx context.Context, url, schema string, log *zap.Logger) (*gorm.DB, error) {
 	pauses := backoff.NewExponentialBackOff(backoff.WithInitialInterval(100*time.Millisecond), backoff.WithMaxInterval(5*time.Second), backoff.WithMaxElapsedTime(0))
 	told := false
@@ -71,14 +73,24 @@ func Await(ctx context.Context, url, schema string, log *zap.Logger) (*gorm.DB, 
 		return db, err //nolint:wrapcheck // ours, or marked
 	}, backoff.WithContext(pauses, ctx), func(err error, _ time.Duration) {
 		if !told {
-			log.Warn("database is away, waiting for it", zap.Error(err))
+			log.Warn("database does not answer, waiting for it", zap.Error(err))
 		}
 		told = true
 	})
-	if told && err == nil {
-		log.Info("database is there")
+	if err != nil {
+		return nil, err //nolint:wrapcheck // says what it did
 	}
-	return db, err //nolint:wrapcheck // says what it did
+	if told {
+		log.Info("database answers")
+	}
+	warnings, err := Warnings(ctx, db)
+	if err != nil { // it has just answered, and will be asked for more than this
+		log.Warn("settings of the database not looked at", zap.Error(err))
+	}
+	for _, warning := range warnings {
+		log.Warn(warning)
+	}
+	return db, nil
 }
 
 // gormConfig: every caller opens its own transactions, and errors are logged where the decision falls. Statements

@@ -4,7 +4,6 @@ import (
 	"context"
 	"database/sql"
 	"database/sql/driver"
-	"errors"
 	"fmt"
 	"net/url"
 	"os"
@@ -35,7 +34,7 @@ var pragmas = []string{
 func openSQLite(ctx context.Context, path string) (*gorm.DB, error) {
 	path = strings.TrimPrefix(path, "//") // sqlite:///var/lib/usher.db is what other programs write
 	if path == "" || strings.HasPrefix(path, ":memory:") {
-		return nil, errors.New("open database: sqlite needs the path of a file, as in sqlite:usher-data/usher.db")
+		return nil, unusable(nil, "sqlite needs the path of a file, as in sqlite:usher-data/usher.db")
 	}
 	path, err := filepath.Abs(path)
 	if err != nil {
@@ -54,8 +53,13 @@ func openSQLite(ctx context.Context, path string) (*gorm.DB, error) {
 	pool.SetMaxOpenConns(sqliteConns)
 	pool.SetMaxIdleConns(sqliteConns)
 	db, err := gorm.Open(dialector{pool}, gormConfig())
+	var encoding string
 	if err == nil {
-		err = pool.PingContext(ctx)
+		err = pool.QueryRowContext(ctx, "PRAGMA encoding").Scan(&encoding)
+	}
+	if err == nil && encoding != "UTF-8" { // ids would be compared by the bytes of UTF-16, and rows be won by other events
+		_ = pool.Close()
+		return nil, unusable(nil, "the encoding of %s is %s; Usher needs UTF-8: name a new file in USHER_DATABASE_URL, and fill it with `usher setup` and `usher backfill`", path, encoding)
 	}
 	if err != nil {
 		_ = pool.Close()

@@ -17,7 +17,8 @@ import (
 
 // infrastructure are SQLSTATEs, or their classes, that say nothing about the data.
 var infrastructure = []string{
-	"08",                      // connection exceptions
+	"08",             // connection exceptions
+	"25P03", "25P04", // idle_in_transaction_session_timeout, transaction_timeout
 	"25006",                   // read-only: a standby, or a disk that an operator protects
 	"28",                      // the password was changed under us
 	"3D000", "3F000", "42P01", // database, schema or table gone: a restore in progress. Services check them before they begin
@@ -61,7 +62,7 @@ func IsInfrastructure(err error) bool {
 	for _, target := range []error{
 		context.Canceled, context.DeadlineExceeded, driver.ErrBadConn, sql.ErrConnDone, sql.ErrTxDone,
 		io.EOF, io.ErrUnexpectedEOF, net.ErrClosed, os.ErrDeadlineExceeded,
-		ErrUnreachable, ErrAuth, ErrNoDatabase, ErrPending, ErrNewer,
+		ErrUnreachable, ErrAuth, ErrNoDatabase, ErrPending, ErrNewer, ErrUnusable,
 		syscall.ECONNREFUSED, syscall.ECONNRESET, syscall.EPIPE, syscall.ENOSPC, syscall.EIO, syscall.EROFS, syscall.EMFILE,
 	} {
 		if errors.Is(err, target) {

@@ -115,6 +115,10 @@ func Run(ctx context.Context, environ config.Environ, stderr io.Writer, program 
 	p := &Process{Settings: settings, Log: log, Registry: observe.NewRegistry(), Health: &observe.Health{}, name: program.Name}
 	if err := p.run(ctx, program.Start); err != nil {
 		log.Error(program.Name+" failed", zap.String("service", program.Name), zap.Error(err))
+		var wrong interface{ WrongSettings() bool } // as a database that cannot be used as it is
+		if errors.As(err, &wrong) && wrong.WrongSettings() {
+			return WrongSettings
+		}
 		return Failed
 	}
 	return Stopped

@@ -119,6 +119,22 @@ func TestEveryWrongSettingIsListedOnceAndNothingStarts(t *testing.T) {
 	}
 }
 
+// unusable is an error as of a database that no waiting makes good.
+type unusable struct{ error }
+
+func (unusable) WrongSettings() bool { return true }
+
+func TestAStartThatNoWaitingCuresExitsWith2(t *testing.T) {
+	t.Parallel()
+	code := process.Run(t.Context(), environ(), &bytes.Buffer{}, process.Program{
+		Name: "tester",
+		Start: func(context.Context, *process.Process) (lifecycle.Service, error) {
+			return nil, fmt.Errorf("open: %w", unusable{errors.New("LATIN1")})
+		},
+	})
+	assert.Equal(t, process.WrongSettings, code)
+}
+
 func TestWhatFailsExitsWith1AndIsClosedInReverse(t *testing.T) {
 	t.Parallel()
 	broken := errors.New("broken")

@@ -9,6 +9,7 @@ import (
 	"gorm.io/gorm"
 
 	"github.com/usherhq/usher/cli/internal/allinone"
+	"github.com/usherhq/usher/pkg/database"
 	"github.com/usherhq/usher/pkg/stream"
 	"github.com/usherhq/usher/worker"
 )
@@ -73,6 +74,13 @@ func (r *reach) setup(ctx context.Context, plan bool) (allinone.SetupReport, err
 	}
 	if err != nil {
 		return allinone.SetupReport{}, err
+	}
+	warnings, err := database.Warnings(ctx, db)
+	if err != nil {
+		return allinone.SetupReport{}, err
+	}
+	for _, warning := range warnings {
+		_, _ = fmt.Fprintln(r.cli.env.Stderr, "warning:", warning)
 	}
 	topology := stream.Topology{Replicas: r.settings.StreamReplicas, MaxBytes: int64(r.settings.StreamMaxBytes), Handlers: worker.Specs()}
 	return allinone.Setup(ctx, db, js, topology, plan)
