@@ -449,7 +449,7 @@ func TestAFullOrLockedSQLiteFileIsInfrastructure(t *testing.T) {
 func TestUpsertCountsWhatItWrote(t *testing.T) {
 	t.Parallel()
 	upsert := &database.Upsert{
-		Table: "deliveries", Conflict: []string{"handler", "event_id"}, Guard: "deliveries.attempts < excluded.attempts",
+		Table: "deliveries", Conflict: []string{"handler", "source", "event_id"}, Guard: "deliveries.attempts < excluded.attempts",
 		Columns: []database.Column{
 			{Name: "handler", Type: "text"},
 			{Name: "event_id", Type: "text"},
