@@ -20,6 +20,8 @@ BENCH     ?= .
 KILLS     ?= 100
 OUTAGE    ?= 2m
 USERS     ?= 100000
+CUTS      ?= 10
+FREEZE    ?= 20s
 
 .PHONY: help
 help: ## print this list
@@ -92,6 +94,17 @@ chaos: ## kill, stop and flood for long: KILLS (100) in each run, OUTAGE (2m) of
 	USHER_CHAOS_KILLS=$(KILLS) USHER_E2E_KILLS=$(KILLS) USHER_CHAOS_OUTAGE=$(OUTAGE) go test -count=1 -p 1 -timeout 60m -v \
 		-run 'Killed|OutagesUnderLoad' ./cli/e2e/
 	go test -count=1 -timeout 30m -v -run 'Flood|Outage|Deadlock|DiskFull' ./worker/ | grep -vE '^\s+logger.go'
+
+.PHONY: cluster
+cluster: ## three brokers under load and junk: killed, frozen for FREEZE (20s), restarted in turn, majority lost and back
+	@./scripts/need postgres
+	USHER_CHAOS_FREEZE=$(FREEZE) go test -count=1 -timeout 20m -v -run ThreeBrokersUnderLoad ./cli/e2e/
+
+.PHONY: powercut
+powercut: ## cut the power CUTS (10) times under serve, its database, and three brokers; needs Linux, /dev/fuse and root
+	@[ -w /dev/fuse ] && [ "$$(id -u)" -eq 0 ] || { echo "make powercut mounts a disk of its own: it needs Linux, /dev/fuse and root" >&2; exit 1; }
+	@./scripts/need postgres
+	USHER_POWER_CUTS=$(CUTS) go test -count=1 -timeout 60m -v -run 'PowerCut|ProcessesSeeTheDisk' ./cli/e2e/...
 
 .PHONY: backfill
 backfill: ## backfill USERS (100000) users within production limits, killed four times on the way, on both databases

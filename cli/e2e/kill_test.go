@@ -3,12 +3,16 @@ package e2e
 import (
 	"bytes"
 	"context"
+	"encoding/base64"
+	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"net/http"
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -103,6 +107,7 @@ func deliveries(t *testing.T, db *gorm.DB) map[string]string {
 type load struct {
 	t        *testing.T
 	url      string
+	refused  atomic.Int64 // forged events that were answered 401
 	accepted atomic.Int64
 	mu       sync.Mutex
 	answered map[string]bool
@@ -112,6 +117,34 @@ type load struct {
 
 func startLoad(t *testing.T, url string, clerk *emulator.Clerk) *load {
 	t.Helper()
+	return startLoadWith(t, url, clerk, loadOptions{})
+}
+
+type loadOptions struct {
+	junk bool          // every tenth event is what nobody can use
+	pace time.Duration // between two events; 0: as fast as they are answered
+}
+
+// The junk of a load, by the beginnings of its ids.
+const (
+	undecodable = "msg_undecodable_" // signed, and not JSON: accepted and dead-lettered
+	unknown     = "msg_unknown_"     // of a type that nobody knows: accepted and logged
+	forged      = "msg_forged_"      // with a wrong signature: refused
+)
+
+func junk(n int) emulator.Event {
+	switch n % 3 {
+	case 0:
+		return emulator.Event{ID: undecodable + strconv.Itoa(n), Body: []byte(`{"type":"user.created","data":`)}
+	case 1:
+		return emulator.Event{ID: unknown + strconv.Itoa(n), Body: fmt.Appendf(nil, `{"type":"starship.launched","object":"event","timestamp":%d,"data":{"id":"ship_%d","object":"starship"}}`, time.Now().UnixMilli(), n)}
+	default:
+		return emulator.Event{ID: forged + strconv.Itoa(n), Body: fmt.Appendf(nil, `{"type":"user.deleted","object":"event","data":{"id":"user_%d","object":"user","deleted":true}}`, n)}
+	}
+}
+
+func startLoadWith(t *testing.T, url string, clerk *emulator.Clerk, options loadOptions) *load {
+	t.Helper()
 	l := &load{t: t, url: url, answered: map[string]bool{}, stop: make(chan struct{})}
 	const senders = 24
 	client := &http.Client{Timeout: 15 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: senders}}
@@ -119,9 +152,18 @@ func startLoad(t *testing.T, url string, clerk *emulator.Clerk) *load {
 	ctx, cancel := context.WithCancel(context.Background())
 	l.wg.Go(func() {
 		defer close(events)
-		for {
+		for n := 1; ; {
 			for e := range clerk.Story(50) { // a story is told to its end, so that its last state was announced
 				events <- e
+				if n++; options.junk && n%9 == 0 {
+					events <- junk(n / 9)
+				}
+				if options.pace > 0 {
+					select {
+					case <-ctx.Done():
+					case <-time.After(options.pace):
+					}
+				}
 			}
 			select {
 			case <-l.stop:
@@ -156,13 +198,21 @@ func (l *load) send(ctx context.Context, client *http.Client, e emulator.Event) 
 	if err != nil {
 		return false
 	}
-	req.Header = fixture.Sign(secret, e.ID, time.Now(), e.Body)
+	key := secret
+	if strings.HasPrefix(e.ID, forged) {
+		key = "whsec_" + base64.StdEncoding.EncodeToString([]byte("the key of another one"))
+	}
+	req.Header = fixture.Sign(key, e.ID, time.Now(), e.Body)
 	res, err := client.Do(req)
 	if err != nil {
 		return false
 	}
 	_, _ = io.Copy(io.Discard, res.Body)
 	_ = res.Body.Close()
+	if key != secret && res.StatusCode == http.StatusUnauthorized {
+		l.refused.Add(1)
+		return true
+	}
 	if res.StatusCode/100 != 2 {
 		return false
 	}
@@ -187,6 +237,13 @@ func (l *load) once() {
 	default:
 		close(l.stop)
 	}
+}
+
+// sofar is a copy of the ids that were answered 2xx.
+func (l *load) sofar() map[string]bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return maps.Clone(l.answered)
 }
 
 // finish lets the story end and returns the ids that were answered 2xx.

@@ -20,8 +20,11 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 
+	"github.com/usherhq/usher/cli/e2e/internal/powercut"
 	"github.com/usherhq/usher/pkg/dbtest"
 )
+
+const diskEnv = "USHER_E2E_DISK" // folder at which a process of the tests serves a disk
 
 const secret = "whsec_MTIzNDU2Nzg5MDEyMzQ1Njc4OTAxMjM0"
 
@@ -40,6 +43,12 @@ var binary = sync.OnceValues(func() (string, error) {
 })
 
 func TestMain(m *testing.M) {
+	if dir := os.Getenv(diskEnv); dir != "" { // this process is a disk
+		if err := powercut.Serve(dir, os.Stdin, os.Stdout); err != nil {
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	code := m.Run()
 	if path, err := binary(); err == nil {
 		_ = os.RemoveAll(filepath.Dir(path))

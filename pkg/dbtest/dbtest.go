@@ -134,7 +134,7 @@ var (
 func startShared() (*cluster, error) {
 	address := os.Getenv("TEST_DATABASE_URL")
 	if address == "" {
-		server, err := newServer()
+		server, err := newServer("")
 		if err != nil {
 			return nil, err
 		}

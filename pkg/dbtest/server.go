@@ -44,7 +44,13 @@ type Server struct {
 // NewServer starts a server for one test, which may stop and kill it. Where there is no PostgreSQL the test is skipped, or, in CI, fails.
 func NewServer(t testing.TB) *Server {
 	t.Helper()
-	s, err := newServer()
+	return NewServerIn(t, "")
+}
+
+// NewServerIn is [NewServer] with its data in a new folder below parent, as on a disk of its own.
+func NewServerIn(t testing.TB, parent string) *Server {
+	t.Helper()
+	s, err := newServer(parent)
 	need(t, err)
 	t.Cleanup(s.remove)
 	return s
@@ -70,6 +76,45 @@ func (s *Server) Stop() { s.end(syscall.SIGINT) }
 // Kill stops the server as a crash does: no checkpoint, recovery at the next Start.
 func (s *Server) Kill() { s.end(syscall.SIGQUIT) }
 
+// PowerOff ends the server's processes at once, as when the machine loses its power: nothing is written any more when it returns.
+func (s *Server) PowerOff(t testing.TB) {
+	t.Helper()
+	if s.postgres == nil {
+		return
+	}
+	pid := s.postgres.Pid
+	// Each has a session of its own, so a signal to the group would not reach them.
+	list, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid))
+	if err != nil {
+		t.Fatalf("list the processes of PostgreSQL: %v", err)
+	}
+	_ = s.postgres.Kill()
+	var children []int
+	for _, field := range strings.Fields(string(list)) {
+		if child, err := strconv.Atoi(field); err == nil {
+			children = append(children, child)
+			_ = syscall.Kill(child, syscall.SIGKILL)
+		}
+	}
+	<-s.exited
+	s.postgres = nil
+	for until := time.Now().Add(startTime); slices.ContainsFunc(children, lives); time.Sleep(time.Millisecond) {
+		if time.Now().After(until) {
+			t.Fatalf("processes of PostgreSQL did not end within %s", startTime)
+		}
+	}
+}
+
+// lives says whether a process can still do something; one that only waits to be collected cannot.
+func lives(pid int) bool {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return false
+	}
+	_, state, _ := strings.Cut(string(stat), ") ")
+	return !strings.HasPrefix(state, "Z")
+}
+
 // Start starts the server again on the same folder and port, and waits until it answers.
 func (s *Server) Start(t testing.TB) {
 	t.Helper()
@@ -91,7 +136,7 @@ fi
 rm -rf "$1"
 `
 
-func newServer() (*Server, error) {
+func newServer(parent string) (*Server, error) {
 	bin, err := binaries()
 	if err != nil {
 		return nil, err
@@ -100,7 +145,7 @@ func newServer() (*Server, error) {
 	if s.owner, err = owner(); err != nil {
 		return nil, err
 	}
-	if s.dir, err = os.MkdirTemp("", "dbtest-"); err != nil {
+	if s.dir, err = os.MkdirTemp(parent, "dbtest-"); err != nil {
 		return nil, fmt.Errorf("create folder: %w", err)
 	}
 	if s.owner != nil {
