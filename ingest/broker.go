@@ -123,6 +123,9 @@ func (b *broker) probe(ctx context.Context) (conclusive bool, err error) {
 		return false, nil
 	}
 	info := s.CachedInfo()
+	if err := stream.CheckStream(info.Config); err != nil {
+		return true, err //nolint:wrapcheck // it names the stream and what to do
+	}
 	if c := info.Config; c.MaxBytes > 0 && c.Discard == jetstream.DiscardNew &&
 		info.State.Bytes+fullBelow > uint64(c.MaxBytes) {
 		return true, errFull

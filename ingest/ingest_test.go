@@ -98,6 +98,24 @@ func TestMissingStreamSaysSetup(t *testing.T) {
 	assert.Equal(t, 202, b.send(delivery{}).status)
 }
 
+// TestAStreamThatLosesEventsIsNotReady: a stream in memory takes every event, and a restart of the broker loses them all.
+func TestAStreamThatLosesEventsIsNotReady(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	require.NoError(t, b.js.DeleteStream(t.Context(), stream.Events))
+	_, err := b.js.CreateStream(t.Context(), jetstream.StreamConfig{
+		Name: stream.Events, Subjects: []string{"clerk.evt.>"}, Storage: jetstream.MemoryStorage, MaxAge: time.Hour,
+	})
+	require.NoError(t, err)
+	for _, words := range []string{"stream CLERK_EVENTS: storage is Memory, want File", "max_age is 1h0m0s, want unlimited", "usher setup --apply"} {
+		b.eventually(func() bool { return strings.Contains(b.health.Problems()["broker"], words) }, words)
+	}
+	require.NoError(t, b.js.DeleteStream(t.Context(), stream.Events))
+	_, err = stream.Topology{Replicas: 1, MaxBytes: 1 << 30}.Ensure(t.Context(), b.js)
+	require.NoError(t, err)
+	b.eventually(func() bool { return len(b.health.Problems()) == 0 }, "ready by itself")
+}
+
 func TestFullStream(t *testing.T) {
 	t.Parallel()
 	b := setup(t)

@@ -110,6 +110,7 @@ type Worker struct {
 	loops   map[string][]*loop // by handler
 	idle    trouble            // of the database, also while there is nothing to do
 	letters letters
+	setups  setups
 	holding holding // only clean uses it
 }
 
@@ -118,7 +119,7 @@ func New(cfg Config, deps Deps) (*Worker, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, fmt.Errorf("worker: %w", err)
 	}
-	w := &Worker{cfg: cfg.withDefaults(), deps: deps, loops: map[string][]*loop{}}
+	w := &Worker{cfg: cfg.withDefaults(), deps: deps, loops: map[string][]*loop{}, setups: setups{consumers: map[string]*trouble{}}}
 	if w.cfg.Concurrency == 0 {
 		w.cfg.Concurrency = 1
 		if database.IsPostgres(deps.DB) {
@@ -128,6 +129,7 @@ func New(cfg Config, deps Deps) (*Worker, error) {
 	w.metrics = newMetrics(deps.Registerer, w.cfg.Handlers, w.check)
 	for _, r := range w.cfg.Handlers {
 		p := &proof{}
+		w.setups.consumers[r.Handler.Name()] = &trouble{}
 		for range w.cfg.Concurrency {
 			w.loops[r.Handler.Name()] = append(w.loops[r.Handler.Name()], newLoop(w, r.Handler, p))
 		}
@@ -155,7 +157,7 @@ func (w *Worker) Run(ctx context.Context) error {
 			group.Go(func() error { return l.run(groupCtx) })
 		}
 	}
-	for _, watch := range []func(context.Context){w.watchDatabase, w.clean, w.sweepLetters} {
+	for _, watch := range []func(context.Context){w.watchDatabase, w.watchSetup, w.clean, w.sweepLetters} {
 		group.Go(func() error {
 			watch(groupCtx)
 			return nil
@@ -197,6 +199,9 @@ func (w *Worker) check(handler string) error {
 		if err := l.check(); err != nil {
 			return err
 		}
+	}
+	if err := w.setups.check(handler); err != nil {
+		return err
 	}
 	return w.idle.check()
 }

@@ -75,6 +75,15 @@ func TestPresenceNoticesSetupAndOutagesByItself(t *testing.T) {
 	eventually(stream.ErrSetup)
 	broker.Setup()
 	require.Eventually(t, func() bool { return presence.Check() == nil }, 15*time.Second, 10*time.Millisecond)
+	letters, err := js.Stream(t.Context(), stream.DeadLetters)
+	require.NoError(t, err)
+	forgetful := letters.CachedInfo().Config
+	forgetful.Discard = jetstream.DiscardOld
+	_, err = js.UpdateStream(t.Context(), forgetful)
+	require.NoError(t, err)
+	require.EventuallyWithT(t, func(c *assert.CollectT) {
+		assert.ErrorContains(c, presence.Check(), "stream CLERK_DLQ: discard is DiscardOld, want DiscardNew")
+	}, 15*time.Second, 10*time.Millisecond)
 	require.NoError(t, js.DeleteStream(t.Context(), stream.DeadLetters))
 	eventually(stream.ErrSetup)
 	broker.Stop()

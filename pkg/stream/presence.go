@@ -71,9 +71,12 @@ func (p *Presence) look(ctx context.Context) error {
 	}
 	for _, name := range p.streams {
 		ctx, cancel := context.WithTimeout(ctx, PublishTimeout)
-		_, err := Lookup(ctx, p.js, name)
+		s, err := Lookup(ctx, p.js, name)
 		cancel()
 		if err != nil {
+			return err
+		}
+		if err := CheckStream(s.CachedInfo().Config); err != nil {
 			return err
 		}
 	}

@@ -124,7 +124,7 @@ func TestTopology(t *testing.T) {
 		js, writes := setup(t)
 		plan, err := want.Check(t.Context(), js)
 		require.NoError(t, err)
-		assert.Equal(t, stream.Plan{Present: []string{}, Missing: all, Differences: []stream.Difference{}}, plan)
+		assert.Equal(t, stream.Plan{Present: []string{}, Missing: all, Differences: []stream.Difference{}, Changed: []stream.Difference{}}, plan)
 		assert.Empty(t, writes())
 	})
 	t.Run("EnsureCreatesWhatIsMissingAndNeverWritesAgain", func(t *testing.T) {
@@ -137,7 +137,7 @@ func TestTopology(t *testing.T) {
 		for range 3 {
 			plan, err = want.Ensure(t.Context(), js)
 			require.NoError(t, err)
-			assert.Equal(t, stream.Plan{Present: all, Missing: []string{}, Differences: []stream.Difference{}}, plan)
+			assert.Equal(t, stream.Plan{Present: all, Missing: []string{}, Differences: []stream.Difference{}, Changed: []stream.Difference{}}, plan)
 		}
 		assert.Empty(t, writes(), "equal is not written again")
 
@@ -157,7 +157,7 @@ func TestTopology(t *testing.T) {
 		require.NoError(t, err)
 		cfg := s.CachedInfo().Config
 		cfg.MaxBytes, cfg.Duplicates = 2<<30, time.Hour
-		cfg.MaxMsgs = 1_000_000 // the operator's own, which Usher does not set
+		cfg.MaxMsgs = 1_000_000 // zero where Usher made it
 		_, err = js.UpdateStream(t.Context(), cfg)
 		require.NoError(t, err)
 		c, err := js.Consumer(t.Context(), stream.Events, "fraud")
@@ -170,17 +170,22 @@ func TestTopology(t *testing.T) {
 
 		plan, err := want.Ensure(t.Context(), js)
 		require.NoError(t, err)
+		const apply = "run `usher setup --apply`"
 		assert.Equal(t, []stream.Difference{
-			{Object: "stream CLERK_EVENTS", Field: "max_bytes", Have: "2147483648", Want: "1073741824"},
-			{Object: "stream CLERK_EVENTS", Field: "duplicate_window", Have: "1h0m0s", Want: "72h0m0s"},
-			{Object: "consumer fraud", Field: "max_deliver", Have: "3", Want: "-1"},
-			{Object: "consumer fraud", Field: "filter_subjects", Have: "[clerk.evt.>]", Want: "[clerk.evt.*.session.> clerk.evt.*.user.deleted.> clerk.replay.fraud.>]"},
+			{Object: "stream CLERK_EVENTS", Field: "max_msgs", Have: "1000000", Want: "unlimited", Fix: apply},
+			{Object: "stream CLERK_EVENTS", Field: "max_bytes", Have: "2147483648", Want: "1073741824", Fix: apply},
+			{Object: "stream CLERK_EVENTS", Field: "duplicate_window", Have: "1h0m0s", Want: "72h0m0s", Fix: apply},
+			{Object: "consumer fraud", Field: "max_deliver", Have: "3", Want: "unlimited", Fatal: true, Effect: "an event that was delivered so often is dropped in silence", Fix: apply},
+			{
+				Object: "consumer fraud", Field: "filter_subjects", Have: "[clerk.evt.>]", Want: "[clerk.evt.*.session.> clerk.evt.*.user.deleted.> clerk.replay.fraud.>]",
+				Fatal: true, Effect: "the others are never delivered", Fix: apply,
+			},
 		}, plan.Differences)
 		assert.Empty(t, writes(), "an operator decides")
 		again, err := want.Check(t.Context(), js)
 		require.NoError(t, err)
 		assert.Equal(t, plan, again)
-		assert.Contains(t, plan.Differences[0].String(), "stream CLERK_EVENTS: max_bytes is 2147483648, want 1073741824")
+		assert.Contains(t, plan.Differences[1].String(), "stream CLERK_EVENTS: max_bytes is 2147483648, want 1073741824")
 		assert.True(t, json.Valid(must(json.Marshal(plan))))
 	})
 	t.Run("SeveralMayEnsureAtOnce", func(t *testing.T) {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -117,82 +118,119 @@ func Holds(c *jetstream.ConsumerInfo) bool {
 	return c.Config.Durable != "" && c.Config.AckPolicy != jetstream.AckNonePolicy && !strings.HasPrefix(c.Name, ListenPrefix)
 }
 
-// Difference is one field of a stream or consumer that is not as Usher wants it.
-type Difference struct {
-	Object string `json:"object"` // "stream CLERK_EVENTS", "consumer mirror"
-	Field  string `json:"field"`
-	Have   string `json:"have"`
-	Want   string `json:"want"`
-}
-
-func (d Difference) String() string {
-	return fmt.Sprintf("%s: %s is %s, want %s", d.Object, d.Field, d.Have, d.Want)
-}
-
-// Plan says what exists, what is missing and what differs from a topology.
+// Plan says what exists, what is missing and what differs from a topology. Its lists are never nil.
 type Plan struct {
 	Present     []string     `json:"present"`
 	Missing     []string     `json:"missing"`
 	Differences []Difference `json:"differences"`
+	Changed     []Difference `json:"changed"` // differences that [Topology.Apply] ended; Want is what it is now
 }
 
 // Check compares the broker with t and changes nothing.
 func (t Topology) Check(ctx context.Context, js jetstream.JetStream) (Plan, error) {
-	return t.walk(ctx, js, false)
+	return t.walk(ctx, js, look)
 }
 
 // Ensure creates what is missing and changes nothing that exists: a difference is in the Plan, for
 // an operator to decide on. It may run at any time and from several places at once.
 func (t Topology) Ensure(ctx context.Context, js jetstream.JetStream) (Plan, error) {
-	return t.walk(ctx, js, true)
+	return t.walk(ctx, js, create)
 }
 
-func (t Topology) walk(ctx context.Context, js jetstream.JetStream, create bool) (Plan, error) {
-	plan := Plan{Present: []string{}, Missing: []string{}, Differences: []Difference{}}
+// Apply creates what is missing and changes what differs, where the broker changes it in place; the rest stays in Plan.Differences
+// with what to do. A limit of bytes is never set below what is stored and a quarter more. A consumer that lost events by what was
+// changed gets all of the stream again, of which the delivery log knows what was applied.
+func (t Topology) Apply(ctx context.Context, js jetstream.JetStream) (Plan, error) {
+	return t.walk(ctx, js, apply)
+}
+
+type mode int
+
+const (
+	look mode = iota
+	create
+	apply
+)
+
+// object is a stream with the name by which operators know it.
+type object struct {
+	name     string
+	config   jetstream.StreamConfig
+	recreate string // what to do about a field that the broker does not change, without losing what is stored
+	make     func(context.Context, jetstream.JetStream) error
+}
+
+// objects are the streams and the bucket [Leases], which is a stream too.
+func (t Topology) objects() []object {
+	recreate := map[string]string{
+		Events: "to lose nothing: stop ingest and the reconciler (Clerk sends again what it gets no answer to), wait until usher_consumer_pending is 0 for every handler, " +
+			"stop the workers, `nats stream rm CLERK_EVENTS`, `usher setup`, start all again, `usher reconcile --full`",
+		DeadLetters: "to lose nothing: replay or discard every dead letter (`usher dlq list`), stop the workers, `nats stream rm CLERK_DLQ`, `usher setup`, start the workers",
+	}
+	var list []object
+	for _, cfg := range t.Streams() {
+		list = append(list, object{"stream " + cfg.Name, cfg, recreate[cfg.Name], func(ctx context.Context, js jetstream.JetStream) error {
+			_, err := js.CreateStream(ctx, cfg)
+			return err //nolint:wrapcheck // walk says what it was for
+		}})
+	}
+	kv := t.leases()
+	return append(list, object{
+		"bucket " + Leases,
+		jetstream.StreamConfig{ // what the client library makes of kv
+			Name: "KV_" + Leases, Subjects: []string{"$KV." + Leases + ".>"}, MaxMsgsPerSubject: int64(kv.History), MaxBytes: kv.MaxBytes,
+			Storage: kv.Storage, Replicas: kv.Replicas, AllowRollup: true, DenyDelete: true, Duplicates: 2 * time.Minute, AllowDirect: true,
+			Discard: jetstream.DiscardNew, AllowMsgTTL: true, SubjectDeleteMarkerTTL: kv.LimitMarkerTTL,
+		},
+		"stop the reconcilers, `nats kv del " + Leases + "`, `usher setup`, start them again; no event is in it",
+		func(ctx context.Context, js jetstream.JetStream) error {
+			_, err := js.CreateKeyValue(ctx, kv)
+			if errors.Is(err, jetstream.ErrBucketExists) {
+				return nil
+			}
+			return err //nolint:wrapcheck // walk says what it was for
+		},
+	})
+}
+
+func (t Topology) walk(ctx context.Context, js jetstream.JetStream, how mode) (Plan, error) {
+	plan := Plan{Present: []string{}, Missing: []string{}, Differences: []Difference{}, Changed: []Difference{}}
 	missing := map[string]bool{}
-	for _, want := range t.Streams() {
-		name := "stream " + want.Name
-		s, err := js.Stream(ctx, want.Name)
+	for _, want := range t.objects() {
+		s, err := js.Stream(ctx, want.config.Name)
 		switch {
 		case errors.Is(err, jetstream.ErrStreamNotFound):
-			plan.Missing = append(plan.Missing, name)
-			missing[want.Name] = true
-			if create {
-				if _, err := js.CreateStream(ctx, want); err != nil {
-					return plan, fmt.Errorf("create %s: %w", name, err)
+			plan.Missing = append(plan.Missing, want.name)
+			missing[want.config.Name] = true
+			if how != look {
+				if err := want.make(ctx, js); err != nil {
+					return plan, fmt.Errorf("create %s: %w", want.name, err)
 				}
 			}
 		case err != nil:
-			return plan, fmt.Errorf("look up %s: %w", name, err)
+			return plan, fmt.Errorf("look up %s: %w", want.name, err)
 		default:
-			plan.Present = append(plan.Present, name)
-			plan.Differences = append(plan.Differences, compare(name, s.CachedInfo().Config, want)...)
-		}
-	}
-	switch _, err := js.KeyValue(ctx, Leases); {
-	case errors.Is(err, jetstream.ErrBucketNotFound):
-		plan.Missing = append(plan.Missing, "bucket "+Leases)
-		if create {
-			if _, err := js.CreateKeyValue(ctx, t.leases()); err != nil && !errors.Is(err, jetstream.ErrBucketExists) {
-				return plan, fmt.Errorf("create bucket %s: %w", Leases, err)
+			plan.Present = append(plan.Present, want.name)
+			info := s.CachedInfo()
+			diffs := compare(want.name, info.Config, want.config, streamRules, want.recreate)
+			if err := plan.take(diffs, how, func(change []Difference) error {
+				return changeStream(ctx, js, info, want.config, change)
+			}); err != nil {
+				return plan, err
 			}
 		}
-	case err != nil:
-		return plan, fmt.Errorf("look up bucket %s: %w", Leases, err)
-	default:
-		plan.Present = append(plan.Present, "bucket "+Leases)
 	}
 	for _, h := range t.Handlers {
 		want, name := t.Consumer(h), "consumer "+h.Name
-		if missing[Events] && !create {
+		if missing[Events] && how == look {
 			plan.Missing = append(plan.Missing, name)
 			continue
 		}
-		c, err := js.Consumer(ctx, Events, h.Name)
+		info, err := LookUpConsumer(ctx, js, h.Name)
 		switch {
 		case errors.Is(err, jetstream.ErrConsumerNotFound):
 			plan.Missing = append(plan.Missing, name)
-			if create {
+			if how != look {
 				if _, err := js.CreateConsumer(ctx, Events, want); err != nil {
 					return plan, fmt.Errorf("create %s: %w", name, err)
 				}
@@ -201,31 +239,138 @@ func (t Topology) walk(ctx context.Context, js jetstream.JetStream, create bool)
 			return plan, fmt.Errorf("look up %s: %w", name, err)
 		default:
 			plan.Present = append(plan.Present, name)
-			have := c.CachedInfo().Config
-			slices.Sort(have.FilterSubjects)
-			plan.Differences = append(plan.Differences, compare(name, have, want)...)
+			have := normal(info.Config)
+			if err := plan.take(compareConsumer(have, want), how, func(change []Difference) error {
+				return changeConsumer(ctx, js, &have, want, change)
+			}); err != nil {
+				return plan, err
+			}
 		}
 	}
 	return plan, nil
 }
 
-// compare lists the fields that Usher sets (those that are not zero in want) and that are not as
-// wanted. What Usher leaves at its default is the operator's to tune.
-func compare(object string, have, want any) []Difference {
-	var diffs []Difference
-	h, w := reflect.ValueOf(have), reflect.ValueOf(want)
-	for i := range w.NumField() {
-		field := w.Type().Field(i)
-		if w.Field(i).IsZero() || field.Name == "Description" {
-			continue
-		}
-		if !reflect.DeepEqual(h.Field(i).Interface(), w.Field(i).Interface()) {
-			tag, _, _ := strings.Cut(field.Tag.Get("json"), ",")
-			diffs = append(diffs, Difference{
-				Object: object, Field: tag,
-				Have: fmt.Sprint(h.Field(i).Interface()), Want: fmt.Sprint(w.Field(i).Interface()),
-			})
+// take files differences, and has those changed that are to be and can be. What the broker refuses is tried field by field: one that it
+// refuses must not keep the others from being changed.
+func (p *Plan) take(diffs []Difference, how mode, change func([]Difference) error) error {
+	var changes []Difference
+	for _, d := range diffs {
+		if how == apply && !d.fixed {
+			changes = append(changes, d)
+		} else {
+			p.Differences = append(p.Differences, d)
 		}
 	}
-	return diffs
+	if len(changes) == 0 {
+		return nil
+	}
+	err := change(changes)
+	var refused *jetstream.APIError
+	if errors.As(err, &refused) && len(changes) > 1 {
+		for _, d := range changes {
+			if err := p.take([]Difference{d}, how, change); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	switch {
+	case refused != nil:
+		changes[0].Fix = "the broker refuses the change: " + refused.Description
+		p.Differences = append(p.Differences, changes...)
+		return nil
+	case err != nil:
+		return fmt.Errorf("change %s: %w", changes[0].Object, err)
+	}
+	for _, d := range changes {
+		if d.Have != d.Want { // else there was no room for it yet
+			p.Changed = append(p.Changed, d)
+		}
+		if d.left != nil {
+			p.Differences = append(p.Differences, *d.left)
+		}
+	}
+	return nil
+}
+
+// changeStream sets the fields named in changes to what is wanted, and no other. One that is only set half-way gets what is left of its
+// difference.
+func changeStream(ctx context.Context, js jetstream.JetStream, info *jetstream.StreamInfo, want jetstream.StreamConfig, changes []Difference) error {
+	cfg := info.Config
+	for i := range changes {
+		d := &changes[i]
+		if d.Field != "max_bytes" {
+			continue
+		}
+		least := LeastMaxBytes(info.State.Bytes)
+		if want.MaxBytes <= 0 || want.MaxBytes >= least {
+			continue
+		}
+		left := *d
+		left.Fix = fmt.Sprintf("%d bytes are stored: once the workers have purged what is settled, %s again", info.State.Bytes, applies)
+		want.MaxBytes = least
+		if cfg.MaxBytes > 0 {
+			want.MaxBytes = min(least, cfg.MaxBytes)
+		}
+		left.Have, d.Want, d.left = strconv.FormatInt(want.MaxBytes, 10), strconv.FormatInt(want.MaxBytes, 10), &left
+	}
+	set(&cfg, want, changes)
+	if reflect.DeepEqual(cfg, info.Config) {
+		return nil
+	}
+	if _, err := js.UpdateStream(ctx, cfg); err != nil {
+		return err //nolint:wrapcheck // take says what it was for
+	}
+	info.Config = cfg // for what is changed next
+	return nil
+}
+
+// LeastMaxBytes is the smallest limit that a stream may get which holds so many bytes: one below what is stored would refuse everything.
+func LeastMaxBytes(stored uint64) int64 { return int64(stored + stored/4) }
+
+// changeConsumer is changeStream for a consumer.
+func changeConsumer(ctx context.Context, js jetstream.JetStream, have *jetstream.ConsumerConfig, want jetstream.ConsumerConfig, changes []Difference) error {
+	cfg := *have
+	set(&cfg, want, changes)
+	if _, err := js.UpdateConsumer(ctx, Events, cfg); err != nil {
+		return err //nolint:wrapcheck // take says what it was for
+	}
+	*have = cfg // for what is changed next
+	if !slices.ContainsFunc(changes, func(d Difference) bool { return d.Fatal }) {
+		return nil
+	}
+	// What it has passed over would stay undelivered.
+	s, err := js.Stream(ctx, Events)
+	if err != nil {
+		return err //nolint:wrapcheck // take says what it was for
+	}
+	_, err = js.ResetConsumerToSequence(ctx, Events, want.Durable, max(s.CachedInfo().State.FirstSeq, 1))
+	return err //nolint:wrapcheck // take says what it was for
+}
+
+// set copies the fields of changes from want to config.
+func set[T any](config *T, want T, changes []Difference) {
+	c, w := reflect.ValueOf(config).Elem(), reflect.ValueOf(want)
+	for i := range w.NumField() {
+		tag, _, _ := strings.Cut(w.Type().Field(i).Tag.Get("json"), ",")
+		if slices.ContainsFunc(changes, func(d Difference) bool { return d.Field == tag }) {
+			c.Field(i).Set(w.Field(i))
+		}
+	}
+}
+
+// LookUpConsumer is what the broker knows of a consumer on [Events], be it pulled from or, by somebody's mistake, pushed.
+func LookUpConsumer(ctx context.Context, js jetstream.JetStream, name string) (*jetstream.ConsumerInfo, error) {
+	c, err := js.Consumer(ctx, Events, name)
+	if err == nil {
+		return c.CachedInfo(), nil
+	}
+	if !errors.Is(err, jetstream.ErrNotPullConsumer) {
+		return nil, err //nolint:wrapcheck // the caller says what it was for
+	}
+	pushed, err := js.PushConsumer(ctx, Events, name)
+	if err != nil {
+		return nil, err //nolint:wrapcheck // the caller says what it was for
+	}
+	return pushed.CachedInfo(), nil
 }

@@ -92,8 +92,12 @@ func New(ctx context.Context, cfg Config) (_ *Instance, err error) {
 	if i.JS, err = i.connect(b, "setup"); err != nil {
 		return nil, err
 	}
-	if _, err := ensureStreams(ctx, i.JS, topology); err != nil {
+	made, err := ensureStreams(ctx, i.JS, topology, i.mode(b))
+	if err != nil {
 		return nil, err
+	}
+	for _, d := range made.Changed {
+		log.Info("changed as configured", zap.String("object", d.Object), zap.String("field", d.Field), zap.String("was", d.Have), zap.String("is", d.Want))
 	}
 	i.starting.Store(true)
 	i.Health.Add("start", func() error {
@@ -114,14 +118,19 @@ func New(ctx context.Context, cfg Config) (_ *Instance, err error) {
 		return nil, err
 	}
 	i.closers.Add(func() error { return database.Close(i.DB) })
-	report, err := Setup(ctx, i.DB, i.JS, topology, false)
+	report, err := Setup(ctx, i.DB, i.JS, topology, i.mode(b))
 	if err != nil {
 		return nil, err
 	}
 	for _, d := range report.Streams.Differences {
-		log.Warn("not as configured, and left as it is", zap.String("object", d.Object), zap.String("field", d.Field), zap.String("have", d.Have), zap.String("want", d.Want))
+		level := zap.WarnLevel
+		if d.Fatal {
+			level = zap.ErrorLevel
+		}
+		log.Log(level, "not as configured, and left as it is", zap.String("object", d.Object), zap.String("field", d.Field), zap.String("have", d.Have), zap.String("want", d.Want),
+			zap.Bool("fatal", d.Fatal), zap.String("effect", d.Effect), zap.String("fix", d.Fix))
 	}
-	if len(b.options) > 0 {
+	if b.embedded() {
 		if err := i.takeBack(ctx, topology); err != nil {
 			return nil, err
 		}
@@ -143,6 +152,14 @@ func New(ctx context.Context, cfg Config) (_ *Instance, err error) {
 }
 
 var errStarting = errors.New("waiting for the database, or bringing it up to date")
+
+// mode is how much of the broker's streams may be changed: what this process owns follows its settings.
+func (i *Instance) mode(b brokerAccess) Mode {
+	if b.embedded() {
+		return Apply
+	}
+	return Create
+}
 
 // takeDataDir makes the data folder, which only its owner can read, and locks it.
 func (i *Instance) takeDataDir() error {
@@ -180,6 +197,9 @@ type brokerAccess struct {
 	options    []nats.Option
 }
 
+// embedded tells whether the broker is this process's own.
+func (b brokerAccess) embedded() bool { return len(b.options) > 0 }
+
 // broker starts the embedded broker, unless the settings name one.
 func (i *Instance) broker() (brokerAccess, error) {
 	s := i.cfg.Settings
@@ -189,7 +209,6 @@ func (i *Instance) broker() (brokerAccess, error) {
 	password := rand.Text()
 	srv, err := startBroker(brokerConfig{
 		dir: filepath.Join(i.cfg.Dir, "nats"), password: password,
-		maxStore: int64(s.StreamMaxBytes) + int64(s.StreamMaxBytes)/4 + 64<<20, // both streams and some room
 	}, i.cfg.Log)
 	if err != nil {
 		return brokerAccess{}, err

@@ -23,11 +23,14 @@ import (
 // brokerConfig is what the embedded broker needs.
 type brokerConfig struct {
 	dir      string
-	maxStore int64  // bytes of all streams
 	password string // of the user "usher"
 }
 
 const brokerUser = "usher"
+
+// maxStore is no limit of the embedded broker's: each of its streams has one of its own, which follows USHER_STREAM_MAX_BYTES up and
+// down. One for all would have to be changed in step with them, and a lower one than what is stored would refuse everything.
+const maxStore = 1 << 60
 
 // startBroker starts a nats-server in this process. It syncs every commit to disk before it acks, and
 // listens on a random loopback port, with a password, for the commands of the same machine.
@@ -40,7 +43,7 @@ func startBroker(cfg brokerConfig, log *zap.Logger) (*server.Server, error) {
 	opts := &server.Options{
 		ServerName: "usher-embedded", Host: "127.0.0.1", Port: server.RANDOM_PORT,
 		JetStream: true, StoreDir: cfg.dir, SyncAlways: true,
-		JetStreamMaxStore: cfg.maxStore, JetStreamMaxMemory: 64 << 20,
+		JetStreamMaxStore: maxStore, JetStreamMaxMemory: 64 << 20,
 		// The largest body that ingest takes must fit with its headers.
 		MaxPayload: 1<<20 + stream.HeaderRoom,
 		Username:   brokerUser, Password: string(hash),

@@ -30,15 +30,25 @@ type Streams struct {
 	Created     []string            `json:"created"`
 	Missing     []string            `json:"missing"` // what a plan would create
 	Differences []stream.Difference `json:"differences"`
+	Changed     []stream.Difference `json:"changed"` // differences that were ended
 }
 
-// Setup brings the database and the broker to what this program needs: it applies pending migrations and creates
-// missing streams and consumers. What exists on the broker is compared and never changed; a plan changes nothing
-// at all. It may run at any time and from several places at once. After an error the report holds what was done before it.
-func Setup(ctx context.Context, db *gorm.DB, js jetstream.JetStream, topology stream.Topology, plan bool) (SetupReport, error) {
+// Mode says how much Setup may change.
+type Mode int
+
+const (
+	Plan   Mode = iota // nothing
+	Create             // the database, and what is missing on the broker; what exists there is compared
+	Apply              // what differs on the broker too, as far as it changes that in place
+)
+
+// Setup brings the database and the broker to what this program needs: it applies pending migrations, creates missing streams and
+// consumers and compares those that exist. It may run at any time and from several places at once. After an error the report
+// holds what was done before it.
+func Setup(ctx context.Context, db *gorm.DB, js jetstream.JetStream, topology stream.Topology, how Mode) (SetupReport, error) {
 	report := SetupReport{
 		Migrations: Migrations{Applied: []string{}, Pending: []string{}},
-		Streams:    Streams{Present: []string{}, Created: []string{}, Missing: []string{}, Differences: []stream.Difference{}},
+		Streams:    Streams{Present: []string{}, Created: []string{}, Missing: []string{}, Differences: []stream.Difference{}, Changed: []stream.Difference{}},
 	}
 	// The broker is asked before the database is changed: a setup that cannot end should not begin.
 	found, err := topology.Check(ctx, js)
@@ -51,7 +61,7 @@ func Setup(ctx context.Context, db *gorm.DB, js jetstream.JetStream, topology st
 		return report, fmt.Errorf("check migrations: %w", err)
 	}
 	report.Migrations.Pending = append(report.Migrations.Pending, pending...)
-	if plan {
+	if how == Plan {
 		return report, nil
 	}
 
@@ -63,8 +73,9 @@ func Setup(ctx context.Context, db *gorm.DB, js jetstream.JetStream, topology st
 		}
 		report.Migrations.Pending = []string{}
 	}
-	if len(found.Missing) > 0 {
-		made, err := ensureStreams(ctx, js, topology)
+	if len(found.Missing) > 0 || how == Apply && len(found.Differences) > 0 {
+		made, err := ensureStreams(ctx, js, topology, how)
+		report.Streams.Changed = made.Changed
 		if err != nil {
 			return report, err
 		}
@@ -74,15 +85,19 @@ func Setup(ctx context.Context, db *gorm.DB, js jetstream.JetStream, topology st
 	return report, nil
 }
 
-// ensureStreams creates the streams and consumers that are missing.
-func ensureStreams(ctx context.Context, js jetstream.JetStream, topology stream.Topology) (stream.Plan, error) {
-	made, err := topology.Ensure(ctx, js)
+// ensureStreams creates the streams and consumers that are missing, and with [Apply] changes those that differ.
+func ensureStreams(ctx context.Context, js jetstream.JetStream, topology stream.Topology, how Mode) (stream.Plan, error) {
+	ensure := topology.Ensure
+	if how == Apply {
+		ensure = topology.Apply
+	}
+	made, err := ensure(ctx, js)
 	var api *jetstream.APIError
 	if errors.As(err, &api) && api.ErrorCode == noStorage {
-		return made, fmt.Errorf("create streams: the broker has no room for streams of USHER_STREAM_MAX_BYTES and a tenth more: lower it, or give the broker more (%w)", err)
+		return made, fmt.Errorf("set up streams: the broker has no room for streams of USHER_STREAM_MAX_BYTES and a tenth more: lower it, or give the broker more (max_file_store) (%w)", err)
 	}
 	if err != nil {
-		return made, fmt.Errorf("create streams: %w", err)
+		return made, fmt.Errorf("set up streams: %w", err)
 	}
 	return made, nil
 }

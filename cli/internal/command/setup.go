@@ -2,6 +2,7 @@ package command
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 
@@ -16,26 +17,37 @@ import (
 
 func (c *cli) setup() *cobra.Command {
 	var o output
-	var plan bool
+	var plan, apply bool
 	cmd := &cobra.Command{
 		Use:   "setup",
 		Short: "Run the migrations and create the streams and consumers that are missing",
 		Long: "setup brings database and broker to what this version of Usher needs: pending migrations are applied, missing\n" +
-			"streams and consumers are created. What exists on the broker is compared and never changed: a difference is\n" +
-			"printed, for you to decide. dev and serve do the same when they start.\n\n" +
+			"streams and consumers are created. What exists on the broker is compared, every field that can lose or withhold\n" +
+			"events, and not changed: a difference is printed, for you to decide. A fatal one keeps the services from being ready.\n" +
+			"With --apply differences are changed where the broker changes them in place; for the others setup says what to do.\n" +
+			"dev and serve do the same when they start, with their own broker as --apply does.\n\n" +
 			"Exit code 0: everything is as wanted. 1: differences remain. 2: it could not check. With --plan nothing is\n" +
 			"changed, and the exit code is 0 whatever is found.",
-		Example: "  usher setup --plan\n" +
+		Example: "  usher setup --plan\n  usher setup --apply\n" +
 			"  USHER_DATABASE_URL=postgres://… USHER_NATS_URL=nats://… usher setup --stream-replicas 3\n" +
 			"  usher setup --output json",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			how := allinone.Create
+			switch {
+			case plan && apply:
+				return errors.New("--plan and --apply: want one of them")
+			case plan:
+				how = allinone.Plan
+			case apply:
+				how = allinone.Apply
+			}
 			r, err := c.reach()
 			if err != nil {
 				return err
 			}
 			defer r.close()
-			report, err := r.setup(cmd.Context(), plan)
+			report, err := r.setup(cmd.Context(), how)
 			if err != nil {
 				return err
 			}
@@ -45,9 +57,12 @@ func (c *cli) setup() *cobra.Command {
 			if len(report.Streams.Differences) == 0 {
 				return nil
 			}
-			_, _ = fmt.Fprintf(c.env.Stderr, "%d field(s) of existing streams or consumers differ and were not changed. Either set Usher to what is there\n"+
-				"(USHER_STREAM_REPLICAS, USHER_STREAM_MAX_BYTES), or change it yourself while no event waits for a retry\n"+
-				"(`nats stream edit`, `nats consumer edit`) and run `usher setup` again.\n", len(report.Streams.Differences))
+			_, _ = fmt.Fprintf(c.env.Stderr, "%d field(s) of existing streams or consumers differ and were not changed", len(report.Streams.Differences))
+			if fatal := countFatal(report.Streams.Differences); fatal > 0 {
+				_, _ = fmt.Fprintf(c.env.Stderr, "; %d of them lose events or withhold them, and keep the services from being ready", fatal)
+			}
+			_, _ = fmt.Fprint(c.env.Stderr, ".\nWhat to do stands under each. What --apply changes can also be left, where Usher is set to what is there\n"+
+				"(USHER_STREAM_REPLICAS, USHER_STREAM_MAX_BYTES).\n")
 			if plan {
 				return nil
 			}
@@ -55,18 +70,30 @@ func (c *cli) setup() *cobra.Command {
 		},
 	}
 	cmd.Flags().BoolVar(&plan, "plan", false, "only show what would be done")
+	cmd.Flags().BoolVar(&apply, "apply", false, "also change what differs on the broker, where it can be changed in place")
 	outputFlag(cmd, &o)
 	c.settingFlags(cmd, false)
 	return cmd
 }
 
-func (r *reach) setup(ctx context.Context, plan bool) (allinone.SetupReport, error) {
+// countFatal counts the differences that lose or withhold events.
+func countFatal(diffs []stream.Difference) int {
+	n := 0
+	for _, d := range diffs {
+		if d.Fatal {
+			n++
+		}
+	}
+	return n
+}
+
+func (r *reach) setup(ctx context.Context, how allinone.Mode) (allinone.SetupReport, error) {
 	js, err := r.broker()
 	if err != nil {
 		return allinone.SetupReport{}, err
 	}
 	var db *gorm.DB
-	if plan {
+	if how == allinone.Plan {
 		db, err = r.planDatabase(ctx)
 	} else {
 		address, schema := r.databaseURL()
@@ -83,7 +110,7 @@ func (r *reach) setup(ctx context.Context, plan bool) (allinone.SetupReport, err
 		_, _ = fmt.Fprintln(r.cli.env.Stderr, "warning:", warning)
 	}
 	topology := stream.Topology{Replicas: r.settings.StreamReplicas, MaxBytes: int64(r.settings.StreamMaxBytes), Handlers: worker.Specs()}
-	return allinone.Setup(ctx, db, js, topology, plan)
+	return allinone.Setup(ctx, db, js, topology, how)
 }
 
 // printSetup writes one line an object, or the report as one JSON object.
@@ -105,6 +132,9 @@ func printSetup(w io.Writer, o output, report allinone.SetupReport, plan bool) e
 	for _, d := range report.Streams.Differences {
 		differing[d.Object] = true
 	}
+	for _, d := range report.Streams.Changed {
+		t.row(d.Object, fmt.Sprintf("changed: %s was %s, is %s", d.Field, d.Have, d.Want))
+	}
 	for _, name := range report.Streams.Present {
 		if differing[name] {
 			t.row(name, "present, differs")
@@ -123,12 +153,16 @@ func printSetup(w io.Writer, o output, report allinone.SetupReport, plan bool) e
 	}
 	if len(report.Streams.Differences) > 0 {
 		_, _ = fmt.Fprintln(w)
-		t = newTable(w, "object", "field", "have", "want")
+		t = newTable(w, "object", "field", "have", "want", "fatal")
 		for _, d := range report.Streams.Differences {
-			t.row(d.Object, d.Field, d.Have, d.Want)
+			t.row(d.Object, d.Field, d.Have, d.Want, map[bool]string{true: "yes", false: "no"}[d.Fatal])
 		}
 		if err := t.Flush(); err != nil {
 			return fmt.Errorf("print: %w", err)
+		}
+		_, _ = fmt.Fprintln(w)
+		for _, d := range report.Streams.Differences {
+			_, _ = fmt.Fprintln(w, d)
 		}
 	}
 	if plan {

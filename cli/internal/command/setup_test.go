@@ -5,7 +5,9 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/nats-io/nats.go/jetstream"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
@@ -65,9 +67,53 @@ func TestSetupReportsDifferencesAndChangesNothing(t *testing.T) {
 	assert.Contains(t, r.err, "were not changed")
 	report := into[allinone.SetupReport](h.Run("setup", "--stream-max-bytes", "2GiB", "-o", "json").want(exitNo))
 	require.Len(t, report.Streams.Differences, 2)
-	assert.Equal(t, stream.Difference{Object: "stream CLERK_EVENTS", Field: "max_bytes", Have: "1073741824", Want: "2147483648"}, report.Streams.Differences[0])
+	assert.Equal(t, stream.Difference{
+		Object: "stream CLERK_EVENTS", Field: "max_bytes", Have: "1073741824", Want: "2147483648", Fix: "run `usher setup --apply`",
+	}, report.Streams.Differences[0])
 	h.Run("setup", "--plan", "--stream-max-bytes", "2GiB").want(exitOK)
 	h.Run("setup").want(exitOK)
+}
+
+// TestSetupFindsWhatLosesEventsAndApplyEndsIt: most of these are zero where Usher made the object.
+func TestSetupFindsWhatLosesEventsAndApplyEndsIt(t *testing.T) {
+	t.Parallel()
+	srv := natstest.New(t)
+	_, js := srv.Connect()
+	_, err := js.CreateStream(t.Context(), jetstream.StreamConfig{
+		Name: stream.Events, Subjects: []string{"clerk.evt.>"}, MaxAge: time.Hour, MaxMsgsPerSubject: 1, Duplicates: time.Hour,
+	})
+	require.NoError(t, err)
+	_, err = js.CreateConsumer(t.Context(), stream.Events, jetstream.ConsumerConfig{
+		Durable: "mirror", AckPolicy: jetstream.AckAllPolicy, HeadersOnly: true, DeliverPolicy: jetstream.DeliverNewPolicy,
+	})
+	require.NoError(t, err)
+	h := newHarness(t, "USHER_NATS_URL="+srv.URL(), "USHER_DATABASE_URL=sqlite:"+filepath.Join(t.TempDir(), "usher.db"))
+
+	for _, args := range [][]string{{"setup", "--plan"}, {"setup"}} {
+		r := h.Run(args...)
+		for _, line := range []string{
+			`stream CLERK_EVENTS +max_age +1h0m0s +unlimited +yes`, `stream CLERK_EVENTS +max_msgs_per_subject +1 +unlimited +yes`,
+			`stream CLERK_EVENTS +discard +DiscardOld +DiscardNew +yes`, `stream CLERK_EVENTS +subjects .* yes`,
+			`consumer mirror +headers_only +true +false +yes`, `consumer mirror +ack_policy +AckAll +AckExplicit +yes`,
+			`consumer mirror +deliver_policy +new +all +yes`,
+		} {
+			assert.Regexp(t, line, r.out)
+		}
+		assert.Contains(t, r.err, "keep the services from being ready")
+	}
+	h.Run("setup", "--plan", "--apply").want(exitUsage)
+
+	r := h.Run("setup", "--apply").want(exitNo)
+	assert.Regexp(t, `stream CLERK_EVENTS +changed: max_age was 1h0m0s, is unlimited`, r.out)
+	assert.Contains(t, r.out, "`nats consumer rm CLERK_EVENTS mirror`, `usher setup`")
+	report := into[allinone.SetupReport](h.Run("setup", "--output", "json").want(exitNo))
+	require.Len(t, report.Streams.Differences, 2)
+	assert.Equal(t, "deliver_policy", report.Streams.Differences[0].Field)
+	assert.Equal(t, "ack_policy", report.Streams.Differences[1].Field)
+
+	require.NoError(t, js.DeleteConsumer(t.Context(), stream.Events, "mirror"))
+	h.Run("setup").want(exitOK)
+	h.Run("setup", "--apply").want(exitOK)
 }
 
 func TestSetupThatCannotCheckIsWrongUse(t *testing.T) {
