@@ -160,8 +160,14 @@ func (s *Service) newEvent(h signed, source string, header http.Header, body []b
 func (s *Service) publish(ctx context.Context, e *event.Event) result {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.cfg.PublishTimeout)
 	defer cancel()
-	ack, err := s.deps.Publisher.Publish(ctx, e)
-	s.broker.published(err)
+	var ack stream.Ack
+	var err error
+	if s.verified.Load() {
+		ack, err = s.deps.Publisher.Publish(ctx, e)
+		s.broker.published(err)
+	} else {
+		err = s.unverified()
+	}
 	log := s.log.With(zap.String("event_id", e.ID), zap.String("event_type", string(e.Type)), zap.String("source", e.Source))
 	if err != nil {
 		res := publishFailure(err)

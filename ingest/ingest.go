@@ -16,6 +16,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -35,6 +36,8 @@ type Config struct {
 	Addr string // ":8080"
 	// Sources that may deliver, the default one first. Those without secrets are not served; one must have some.
 	Sources []Source
+	// AllowUnsynced takes a broker that is known not to sync to disk before it confirms.
+	AllowUnsynced bool
 
 	MaxBody              int64         // 1 MiB; less where the broker takes less
 	MaxInFlight          int           // 1024 verified events being stored at once; 503 beyond
@@ -108,7 +111,7 @@ func (c Config) Validate() error {
 
 // ConfigFrom takes ingest's part of the settings. The error is [config.Problems].
 func ConfigFrom(s *config.Settings) (Config, error) {
-	c := Config{Addr: s.IngestAddr}
+	c := Config{Addr: s.IngestAddr, AllowUnsynced: s.AllowUnsynced}
 	for _, src := range s.Sources {
 		c.Sources = append(c.Sources, Source{Name: src.Name, Secrets: src.SigningSecrets})
 	}
@@ -132,6 +135,9 @@ type Deps struct {
 	Registerer prometheus.Registerer
 	Health     *observe.Health
 	Now        func() time.Time // nil: time.Now
+	// Durability asks whether the broker syncs to disk before it confirms; it is called whenever the connection is made, and may take
+	// some seconds. Nil: nobody asks, and it counts as unknown.
+	Durability func(context.Context) stream.Durability
 }
 
 // Service is the webhook listener. It implements lifecycle.Service and http.Handler.
@@ -148,6 +154,7 @@ type Service struct {
 	bodyBytes atomic.Int64
 	slow      slowBodies
 	stopping  atomic.Bool
+	verified  atomic.Bool // the broker is none that must be refused
 }
 
 // New opens the listener; it serves once Run is called. Run, or else Close, closes it.
@@ -192,6 +199,7 @@ func newService(cfg Config, deps Deps) (*Service, error) {
 		}
 		s.sources[src.Name] = v
 	}
+	s.verified.Store(deps.Durability == nil || deps.JetStream == nil)
 	s.slots = make(chan struct{}, s.cfg.MaxInFlight)
 	s.broker.js = deps.JetStream
 	var err error
@@ -216,6 +224,9 @@ func (s *Service) Close() error {
 func (s *Service) check() error {
 	if s.stopping.Load() {
 		return errors.New("stopping")
+	}
+	if !s.verified.Load() {
+		return s.unverified()
 	}
 	return nil
 }
@@ -245,9 +256,14 @@ func (s *Service) Run(ctx context.Context) error {
 	}
 	probing, stopProbing := context.WithCancel(context.WithoutCancel(ctx))
 	probed := make(chan struct{})
+	ctx, refuse := context.WithCancelCause(ctx)
+	defer refuse(nil)
 	go func() {
 		defer close(probed)
+		var both sync.WaitGroup
+		both.Go(func() { s.watchDurability(probing, refuse) })
 		s.broker.watch(probing)
+		both.Wait()
 	}()
 	defer func() {
 		stopProbing()
@@ -268,6 +284,9 @@ func (s *Service) Run(ctx context.Context) error {
 		}
 	})()
 	err := observe.Serve(ctx, server, s.listener, s.cfg.Grace)
+	if cause := context.Cause(ctx); errors.Is(cause, stream.ErrUnsynced) {
+		return cause
+	}
 	if err != nil {
 		return err
 	}

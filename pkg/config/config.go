@@ -39,6 +39,8 @@ type Settings struct {
 
 	NATSURL        string        `env:"USHER_NATS_URL" secret:"url" doc:"the broker; dev and serve start their own where it is not set"`
 	NATSCreds      string        `env:"USHER_NATS_CREDS" doc:"credentials file for the broker"`
+	NATSMonitorURL string        `env:"USHER_NATS_MONITOR_URL" secret:"url" doc:"monitoring port of every server of the broker, such as http://127.0.0.1:8222, with commas between; there is asked whether they sync to disk"`
+	AllowUnsynced  bool          `env:"USHER_ALLOW_UNSYNCED_BROKER, default=false" doc:"take a broker that is known not to sync: a power cut then loses events that were answered 202"`
 	StreamReplicas int           `env:"USHER_STREAM_REPLICAS, default=1" doc:"replicas of the streams: 1, 3 or 5"`
 	StreamMaxBytes Bytes         `env:"USHER_STREAM_MAX_BYTES, default=10GiB" doc:"size at which the event stream is full and ingest answers 503"`
 	Retention      time.Duration `env:"USHER_RETENTION, default=720h" doc:"how long a settled event stays in the stream"`
@@ -319,6 +321,13 @@ func (s *Settings) validate() Problems {
 		u, err := url.Parse(strings.TrimSpace(address))
 		if s.NATSURL != "" && (err != nil || u.Hostname() == "" || !slices.Contains([]string{"nats", "tls", "ws", "wss"}, u.Scheme)) {
 			bad("USHER_NATS_URL", "not nats://host:port, nor several of them with commas between")
+			break
+		}
+	}
+	for address := range strings.SplitSeq(s.NATSMonitorURL, ",") {
+		u, err := url.Parse(strings.TrimSpace(address))
+		if s.NATSMonitorURL != "" && (err != nil || u.Hostname() == "" || u.Scheme != "http" && u.Scheme != "https") {
+			bad("USHER_NATS_MONITOR_URL", "not http://host:port, nor several of them with commas between")
 			break
 		}
 	}

@@ -4,7 +4,10 @@ package natstest
 import (
 	"context"
 	"net"
+	"net/url"
 	"os"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -44,6 +47,92 @@ func New(t testing.TB, options ...Option) *Server {
 	s.Start()
 	t.Cleanup(s.Stop)
 	return s
+}
+
+// Cluster is several servers in one cluster.
+type Cluster struct {
+	Servers []*Server
+}
+
+// NewCluster starts n servers, named n1, n2, …, which stop with the test. It returns once they have a leader.
+func NewCluster(t testing.TB, n int, options ...Option) *Cluster {
+	t.Helper()
+	c := &Cluster{}
+	var routes []*url.URL
+	ports := make([]int, n)
+	for i := range n {
+		ports[i] = freePort(t)
+		routes = append(routes, &url.URL{Scheme: "nats", Host: net.JoinHostPort("127.0.0.1", strconv.Itoa(ports[i]))})
+	}
+	for i := range n {
+		s := &Server{t: t, opts: server.Options{
+			ServerName: "n" + strconv.Itoa(i+1), Host: "127.0.0.1", Port: server.RANDOM_PORT,
+			JetStream: true, StoreDir: storeDir(t), JetStreamMaxStore: 8 << 30, JetStreamMaxMemory: 64 << 20,
+			MaxPayload: 2 << 20, NoSigs: true, NoLog: true,
+			Cluster: server.ClusterOpts{Name: "natstest", Host: "127.0.0.1", Port: ports[i]}, Routes: routes,
+		}}
+		for _, o := range options {
+			o(&s.opts)
+		}
+		s.Start()
+		t.Cleanup(s.Stop)
+		c.Servers = append(c.Servers, s)
+	}
+	for deadline := time.Now().Add(time.Minute); !c.led(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the cluster has no leader after a minute")
+		}
+	}
+	return c
+}
+
+// led tells whether the cluster has a leader that sees every server.
+func (c *Cluster) led() bool {
+	for _, s := range c.Servers {
+		if s.srv.JetStreamIsLeader() && len(s.srv.JetStreamClusterPeers()) == len(c.Servers) {
+			return true
+		}
+	}
+	return false
+}
+
+// URL lists every server that runs.
+func (c *Cluster) URL() string {
+	var urls []string
+	for _, s := range c.Servers {
+		if s.srv != nil {
+			urls = append(urls, s.URL())
+		}
+	}
+	return strings.Join(urls, ",")
+}
+
+// Setup connects and creates the streams with as many replicas as there are servers, and consumers for the handlers.
+func (c *Cluster) Setup(handlers ...stream.HandlerSpec) (*nats.Conn, jetstream.JetStream) {
+	first := c.Servers[0]
+	first.t.Helper()
+	nc, js := connect(first.t, c.URL())
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	for {
+		_, err := stream.Topology{Replicas: len(c.Servers), MaxBytes: 1 << 30, Handlers: handlers}.Ensure(ctx, js)
+		if err == nil {
+			return nc, js
+		}
+		if ctx.Err() != nil {
+			first.t.Fatal(err)
+		}
+	}
+}
+
+func freePort(t testing.TB) int {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return portOf(l.Addr())
 }
 
 // storeDir is a folder that a server may still write to while it is removed.
@@ -97,14 +186,19 @@ func (s *Server) Server() *server.Server { return s.srv }
 // Connect opens a connection with the options of Usher's services. It closes with the test.
 func (s *Server) Connect(opts ...nats.Option) (*nats.Conn, jetstream.JetStream) {
 	s.t.Helper()
-	nc, err := stream.Connect(s.URL(), "", "test", zap.NewNop(), opts...)
+	return connect(s.t, s.URL(), opts...)
+}
+
+func connect(t testing.TB, url string, opts ...nats.Option) (*nats.Conn, jetstream.JetStream) {
+	t.Helper()
+	nc, err := stream.Connect(url, "", "test", zap.NewNop(), opts...)
 	if err != nil {
-		s.t.Fatal(err)
+		t.Fatal(err)
 	}
-	s.t.Cleanup(nc.Close)
+	t.Cleanup(nc.Close)
 	js, err := stream.JetStream(nc)
 	if err != nil {
-		s.t.Fatal(err)
+		t.Fatal(err)
 	}
 	return nc, js
 }

@@ -16,6 +16,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/cenkalti/backoff/v4"
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/prometheus/client_golang/prometheus"
@@ -64,7 +65,7 @@ type Instance struct {
 	Registry *prometheus.Registry
 
 	cfg      Config
-	starting atomic.Bool // readiness says no
+	starting atomic.Pointer[string] // what is waited for: readiness says no
 	lag      *lag.Watch
 	services []lifecycle.Service
 	closers  lifecycle.Closers
@@ -92,23 +93,27 @@ func New(ctx context.Context, cfg Config) (_ *Instance, err error) {
 	if i.JS, err = i.connect(b, "setup"); err != nil {
 		return nil, err
 	}
-	made, err := ensureStreams(ctx, i.JS, topology, i.mode(b))
-	if err != nil {
-		return nil, err
+	if b.embedded() {
+		if err := i.setUpStreams(ctx, b, topology); err != nil {
+			return nil, err
+		}
 	}
-	for _, d := range made.Changed {
-		log.Info("changed as configured", zap.String("object", d.Object), zap.String("field", d.Field), zap.String("was", d.Have), zap.String("is", d.Want))
-	}
-	i.starting.Store(true)
+	i.waitingFor("the broker")
 	i.Health.Add("start", func() error {
-		if i.starting.Load() {
-			return errStarting
+		if what := i.starting.Load(); what != nil {
+			return errors.New("waiting for " + *what)
 		}
 		return nil
 	})
 	if err := i.openFront(b); err != nil {
 		return nil, err
 	}
+	if !b.embedded() {
+		if err := i.awaitBroker(ctx, topology); err != nil {
+			return nil, err
+		}
+	}
+	i.waitingFor("the database, or bringing it up to date")
 	if cfg.Mode == "serve" { // for real: a machine that starts may have its database a minute later
 		i.DB, err = database.Await(ctx, s.DatabaseURL, s.DatabaseSchema, log)
 	} else {
@@ -139,6 +144,7 @@ func New(ctx context.Context, cfg Config) (_ *Instance, err error) {
 		return nil, err
 	}
 	i.State.PID, i.State.Mode, i.State.StartedAt = os.Getpid(), cfg.Mode, time.Now().UTC()
+	i.State.EmbeddedBroker = b.embedded()
 	i.State.NATSURL, i.State.DatabaseURL, i.State.DatabaseSchema = b.url, absoluteDatabase(s.DatabaseURL), s.DatabaseSchema
 	i.State.SigningSecret, i.State.ClerkAPIURL, i.State.ClerkSecretKey = cfg.SigningSecret, cfg.ClerkAPIURL, cfg.ClerkSecretKey
 	i.State.Instances = worker.ConfigFrom(s).Instances
@@ -147,11 +153,11 @@ func New(ctx context.Context, cfg Config) (_ *Instance, err error) {
 	}
 	i.closers.Add(func() error { return os.Remove(statePath(s.DataDir)) })
 	i.lag.Look(ctx)
-	i.starting.Store(false)
+	i.starting.Store(nil)
 	return i, nil
 }
 
-var errStarting = errors.New("waiting for the database, or bringing it up to date")
+func (i *Instance) waitingFor(what string) { i.starting.Store(&what) }
 
 // mode is how much of the broker's streams may be changed: what this process owns follows its settings.
 func (i *Instance) mode(b brokerAccess) Mode {
@@ -159,6 +165,15 @@ func (i *Instance) mode(b brokerAccess) Mode {
 		return Apply
 	}
 	return Create
+}
+
+// setUpStreams creates and, at the embedded broker, changes what is not as the settings say.
+func (i *Instance) setUpStreams(ctx context.Context, b brokerAccess, topology stream.Topology) error {
+	made, err := ensureStreams(ctx, i.JS, topology, i.mode(b))
+	for _, d := range made.Changed {
+		i.cfg.Log.Info("changed as configured", zap.String("object", d.Object), zap.String("field", d.Field), zap.String("was", d.Have), zap.String("is", d.Want))
+	}
+	return err
 }
 
 // takeDataDir makes the data folder, which only its owner can read, and locks it.
@@ -194,7 +209,7 @@ func (i *Instance) takeDataDir() error {
 // brokerAccess is how the services of this process reach the broker.
 type brokerAccess struct {
 	url, creds string
-	options    []nats.Option
+	options    []nats.Option // of the embedded broker
 }
 
 // embedded tells whether the broker is this process's own.
@@ -232,6 +247,51 @@ func (i *Instance) connect(b brokerAccess, service string) (jetstream.JetStream,
 	i.closers.Add(func() error { nc.Close(); return nil })
 	i.services = append(i.services, stream.Guard{Conn: nc})
 	return stream.JetStream(nc)
+}
+
+// durability is what is known about whether the broker syncs; of the embedded one it is known.
+func (i *Instance) durability(ctx context.Context, b brokerAccess, js jetstream.JetStream) stream.Durability {
+	if b.embedded() {
+		return EmbeddedDurability
+	}
+	return stream.AskDurability(ctx, js, i.cfg.Settings.NATSMonitorURL, i.cfg.Settings.StreamReplicas)
+}
+
+// devWait is how long dev waits for a broker that is not its own.
+const devWait = 10 * time.Second
+
+// awaitBroker creates what is missing at an external broker, which serve waits for as for a database: a machine that starts may have
+// it a minute later. A broker that must be refused, and what waiting cannot cure, is an error at once.
+func (i *Instance) awaitBroker(ctx context.Context, topology stream.Topology) error {
+	var limit time.Duration // none
+	if i.cfg.Mode != "serve" {
+		limit = devWait
+	}
+	pauses := backoff.NewExponentialBackOff(backoff.WithInitialInterval(100*time.Millisecond), backoff.WithMaxInterval(2*time.Second), backoff.WithMaxElapsedTime(limit))
+	told := ""
+	err := backoff.RetryNotify(func() error {
+		err := stream.Connected(i.JS.Conn())
+		if err == nil && !i.cfg.Settings.AllowUnsynced {
+			err = i.durability(ctx, brokerAccess{}, i.JS).Refuse()
+		}
+		if err == nil {
+			err = i.setUpStreams(ctx, brokerAccess{}, topology)
+		}
+		if err != nil && !errors.Is(err, stream.ErrUnavailable) {
+			return backoff.Permanent(err)
+		}
+		return err
+	}, backoff.WithContext(pauses, ctx), func(err error, _ time.Duration) {
+		i.waitingFor("the broker: " + err.Error())
+		if told != err.Error() {
+			i.cfg.Log.Warn("broker is unavailable, waiting for it", zap.Error(err))
+		}
+		told = err.Error()
+	})
+	if err == nil && told != "" {
+		i.cfg.Log.Info("broker is available")
+	}
+	return err //nolint:wrapcheck // ours, in words
 }
 
 // takeBack makes the events that a killed process held available at once instead of after [stream.AckWait]. Only for
@@ -285,7 +345,10 @@ func (i *Instance) openFront(b brokerAccess) error {
 	if err != nil {
 		return err
 	}
-	in, err := ingest.New(ingestConfig, ingest.Deps{Publisher: publisher, JetStream: ingestJS, Logger: log, Registerer: i.Registry, Health: i.Health})
+	in, err := ingest.New(ingestConfig, ingest.Deps{
+		Publisher: publisher, JetStream: ingestJS, Logger: log, Registerer: i.Registry, Health: i.Health,
+		Durability: func(ctx context.Context) stream.Durability { return i.durability(ctx, b, ingestJS) },
+	})
 	if err != nil {
 		return err
 	}

@@ -28,6 +28,9 @@ type brokerConfig struct {
 
 const brokerUser = "usher"
 
+// EmbeddedDurability is what is known about the embedded broker.
+var EmbeddedDurability = stream.Durability{State: stream.Synced, Detail: "the embedded broker syncs before it confirms"}
+
 // maxStore is no limit of the embedded broker's: each of its streams has one of its own, which follows USHER_STREAM_MAX_BYTES up and
 // down. One for all would have to be changed in step with them, and a lower one than what is stored would refuse everything.
 const maxStore = 1 << 60

@@ -14,8 +14,9 @@ import (
 
 // SetupReport is what Setup did and found. Its lists are never nil.
 type SetupReport struct {
-	Migrations Migrations `json:"migrations"`
-	Streams    Streams    `json:"streams"`
+	Broker     *stream.Durability `json:"broker,omitempty"` // whether it syncs; Setup does not ask
+	Migrations Migrations         `json:"migrations"`
+	Streams    Streams            `json:"streams"`
 }
 
 // Migrations of the database, by name and in order.
@@ -53,7 +54,7 @@ func Setup(ctx context.Context, db *gorm.DB, js jetstream.JetStream, topology st
 	// The broker is asked before the database is changed: a setup that cannot end should not begin.
 	found, err := topology.Check(ctx, js)
 	if err != nil {
-		return report, fmt.Errorf("check streams: %w", err)
+		return report, fmt.Errorf("check streams: %w", stream.Explain(err))
 	}
 	report.Streams.Present, report.Streams.Differences, report.Streams.Missing = found.Present, found.Differences, found.Missing
 	pending, err := database.Pending(ctx, db)
@@ -97,7 +98,7 @@ func ensureStreams(ctx context.Context, js jetstream.JetStream, topology stream.
 		return made, fmt.Errorf("set up streams: the broker has no room for streams of USHER_STREAM_MAX_BYTES and a tenth more: lower it, or give the broker more (max_file_store) (%w)", err)
 	}
 	if err != nil {
-		return made, fmt.Errorf("set up streams: %w", err)
+		return made, fmt.Errorf("set up streams: %w", stream.Explain(err))
 	}
 	return made, nil
 }

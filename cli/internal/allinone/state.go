@@ -17,6 +17,7 @@ type State struct {
 	Mode           string    `json:"mode"` // dev or serve
 	StartedAt      time.Time `json:"started_at"`
 	NATSURL        string    `json:"nats_url"` // with user and password
+	EmbeddedBroker bool      `json:"embedded_broker,omitempty"`
 	DatabaseURL    string    `json:"database_url"`
 	DatabaseSchema string    `json:"database_schema"`
 	IngestURL      string    `json:"ingest_url"` // where to POST webhooks of the default source

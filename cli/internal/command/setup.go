@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 
+	"github.com/nats-io/nats.go/jetstream"
 	"github.com/spf13/cobra"
 	"gorm.io/gorm"
 
@@ -25,7 +26,8 @@ func (c *cli) setup() *cobra.Command {
 			"streams and consumers are created. What exists on the broker is compared, every field that can lose or withhold\n" +
 			"events, and not changed: a difference is printed, for you to decide. A fatal one keeps the services from being ready.\n" +
 			"With --apply differences are changed where the broker changes them in place; for the others setup says what to do.\n" +
-			"dev and serve do the same when they start, with their own broker as --apply does.\n\n" +
+			"dev and serve do the same when they start, with their own broker as --apply does. It asks whether the broker\n" +
+			"syncs to disk before it confirms an event, and refuses one that does not (USHER_ALLOW_UNSYNCED_BROKER=true takes it).\n\n" +
 			"Exit code 0: everything is as wanted. 1: differences remain. 2: it could not check. With --plan nothing is\n" +
 			"changed, and the exit code is 0 whatever is found.",
 		Example: "  usher setup --plan\n  usher setup --apply\n" +
@@ -54,6 +56,7 @@ func (c *cli) setup() *cobra.Command {
 			if err := printSetup(c.env.Stdout, o, report, plan); err != nil {
 				return err
 			}
+			warnDurability(c.env.Stderr, *report.Broker)
 			if len(report.Streams.Differences) == 0 {
 				return nil
 			}
@@ -92,6 +95,10 @@ func (r *reach) setup(ctx context.Context, how allinone.Mode) (allinone.SetupRep
 	if err != nil {
 		return allinone.SetupReport{}, err
 	}
+	durability := r.durability(ctx, js)
+	if err := durability.Refuse(); err != nil && how != allinone.Plan && !r.settings.AllowUnsynced {
+		return allinone.SetupReport{}, err
+	}
 	var db *gorm.DB
 	if how == allinone.Plan {
 		db, err = r.planDatabase(ctx)
@@ -110,7 +117,29 @@ func (r *reach) setup(ctx context.Context, how allinone.Mode) (allinone.SetupRep
 		_, _ = fmt.Fprintln(r.cli.env.Stderr, "warning:", warning)
 	}
 	topology := stream.Topology{Replicas: r.settings.StreamReplicas, MaxBytes: int64(r.settings.StreamMaxBytes), Handlers: worker.Specs()}
-	return allinone.Setup(ctx, db, js, topology, how)
+	report, err := allinone.Setup(ctx, db, js, topology, how)
+	report.Broker = &durability
+	return report, err
+}
+
+// durability asks whether the broker syncs, unless it is the one that a running serve or dev embeds.
+func (r *reach) durability(ctx context.Context, js jetstream.JetStream) stream.Durability {
+	if r.settings.NATSURL == "" && r.state.EmbeddedBroker {
+		return allinone.EmbeddedDurability
+	}
+	return stream.AskDurability(ctx, js, r.settings.NATSMonitorURL, r.settings.StreamReplicas)
+}
+
+// warnDurability says loudly what is not known to be durable, and how to get it.
+func warnDurability(w io.Writer, d stream.Durability) {
+	switch d.State {
+	case stream.Unsynced:
+		_, _ = fmt.Fprintf(w, "\nTHE BROKER DOES NOT SYNC (%s): a power cut loses events that Clerk was told are safe, and maybe the stream.\n"+
+			"Usher refuses it unless USHER_ALLOW_UNSYNCED_BROKER=true. Better, %s\n", d.Detail, stream.SyncAdvice)
+	case stream.Unknown:
+		_, _ = fmt.Fprintf(w, "\nDURABILITY IS NOT VERIFIED (%s): if the broker does not sync before it confirms, which\n"+
+			"nats-server does not as it comes, a power cut loses events that Clerk was told are safe. To be sure, %s\nand %s.\n", d.Detail, stream.SyncAdvice, stream.SyncVerify)
+	}
 }
 
 // printSetup writes one line an object, or the report as one JSON object.
@@ -119,6 +148,9 @@ func printSetup(w io.Writer, o output, report allinone.SetupReport, plan bool) e
 		return printObject(w, o, report)
 	}
 	t := newTable(w, "what", "result")
+	if report.Broker != nil {
+		t.row("durability of the broker", report.Broker.State)
+	}
 	for _, name := range report.Migrations.Applied {
 		t.row("migration "+name, "applied")
 	}

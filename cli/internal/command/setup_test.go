@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -53,6 +54,42 @@ func TestSetupPlansThenCreatesThenFindsNothingToDo(t *testing.T) {
 		assert.Regexp(t, `stream CLERK_EVENTS +present`, again)
 		assert.NotContains(t, again, "created")
 	})
+}
+
+func TestSetupAsksWhetherTheBrokerSyncs(t *testing.T) {
+	t.Parallel()
+	monitored := func(o *server.Options) { o.HTTPHost, o.HTTPPort = "127.0.0.1", server.RANDOM_PORT }
+	lazy, always := natstest.New(t, monitored), natstest.New(t, monitored, natstest.WithSync)
+	on := func(srv *natstest.Server, env ...string) *harness {
+		return newHarness(t, append(env, "USHER_NATS_URL="+srv.URL(), "USHER_DATABASE_URL=sqlite:"+filepath.Join(t.TempDir(), "usher.db"))...)
+	}
+	monitor := func(srv *natstest.Server) string {
+		return "USHER_NATS_MONITOR_URL=http://" + srv.Server().MonitorAddr().String()
+	}
+
+	unknown := on(lazy).Run("setup", "--plan", "--output", "json").want(exitOK)
+	assert.Equal(t, stream.Unknown, into[allinone.SetupReport](unknown).Broker.State)
+	for _, want := range []string{"NOT VERIFIED", "sync_interval: always", "USHER_NATS_MONITOR_URL"} {
+		assert.Contains(t, unknown.err, want)
+	}
+
+	h := on(lazy, monitor(lazy))
+	plan := h.Run("setup", "--plan", "--output", "json").want(exitOK)
+	assert.Equal(t, stream.Unsynced, into[allinone.SetupReport](plan).Broker.State)
+	assert.Contains(t, plan.err, "DOES NOT SYNC")
+	refused := h.Run("setup").want(exitUsage)
+	assert.Contains(t, refused.err, "USHER_ALLOW_UNSYNCED_BROKER")
+	_, js := lazy.Connect()
+	_, err := js.Stream(t.Context(), stream.Events)
+	require.ErrorIs(t, err, jetstream.ErrStreamNotFound, "nothing was created")
+	serve := h.with("CLERK_WEBHOOK_SIGNING_SECRET="+stagingSecret, "USHER_INGEST_ADDR=127.0.0.1:0", "USHER_CONSOLE_ADDR=127.0.0.1:0", "USHER_OPS_ADDR=127.0.0.1:0").Run("serve").want(exitUsage)
+	assert.Contains(t, serve.err, "USHER_ALLOW_UNSYNCED_BROKER")
+	allowed := h.with("USHER_ALLOW_UNSYNCED_BROKER=true").Run("setup").want(exitOK)
+	assert.Regexp(t, `durability of the broker +unsynced`, allowed.out)
+
+	synced := on(always, monitor(always)).Run("setup").want(exitOK)
+	assert.Regexp(t, `durability of the broker +synced`, synced.out)
+	assert.NotContains(t, synced.err, "SYNC")
 }
 
 func TestSetupReportsDifferencesAndChangesNothing(t *testing.T) {

@@ -41,5 +41,8 @@ func start(_ context.Context, p *process.Process) (lifecycle.Service, error) {
 	})
 	return ingest.New(cfg, ingest.Deps{
 		Publisher: publisher, JetStream: js, Logger: p.Log, Registerer: p.Registry, Health: p.Health,
+		Durability: func(ctx context.Context) stream.Durability {
+			return stream.AskDurability(ctx, js, p.Settings.NATSMonitorURL, p.Settings.StreamReplicas)
+		},
 	})
 }
