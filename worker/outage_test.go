@@ -505,7 +505,7 @@ func TestOutageOfTheBrokerCostsNoAttempt(t *testing.T) {
 		})
 	})
 	// Ten minutes are ten seconds here, and the times that such an outage passes through are a sixtieth, too: how long the broker waits
-	// for an ack (60 s) and knows an event id (72 h), the client's pings (20 s) and its pause before it dials again (250 ms and up to
+	// for an ack (60 s) and knows an event id (72 h), the client's pings (5 s) and its pause before it dials again (250 ms and up to
 	// 500 ms), and how often the stream is cleaned (5 min). A pull (30 s) and its heartbeat (5 s) are as short as the client library
 	// takes them: 1 s and 0.5 s. Not shortened is what bounds a single piece of work (a dial, a publish, a transaction), which takes
 	// what it takes, and the pauses between probes (100 ms to 5 s), which nobody can set.
@@ -521,7 +521,7 @@ func TestOutageOfTheBrokerCostsNoAttempt(t *testing.T) {
 			_, err = r.js.UpdateStream(t.Context(), events)
 			require.NoError(t, err)
 			r.ackWait(stream.AckWait / short)
-			_, js := r.nats.Connect(nats.PingInterval(20*time.Second/short), nats.ReconnectWait(250*time.Millisecond/short),
+			_, js := r.nats.Connect(nats.PingInterval(5*time.Second/short), nats.ReconnectWait(250*time.Millisecond/short),
 				nats.ReconnectJitter(100*time.Millisecond/short, 500*time.Millisecond/short))
 			r.broker = faults.NewBroker(js)
 			r.broker.Pull = []jetstream.PullMessagesOpt{jetstream.PullExpiry(time.Second), jetstream.PullHeartbeat(500 * time.Millisecond)}

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"context"
+	"io"
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
@@ -64,15 +65,16 @@ func TestThreeBrokersUnderLoad(t *testing.T) {
 	c.start(leader)
 	whole()
 
-	leader = c.leader()
-	frozen := c.processes[leader].cmd.Process
-	require.NoError(t, frozen.Signal(syscall.SIGSTOP))
-	thaw := time.AfterFunc(freeze, func() { _ = frozen.Signal(syscall.SIGCONT) })
-	t.Cleanup(func() { thaw.Stop(); _ = frozen.Signal(syscall.SIGCONT) })
-	begin := time.Now()
-	resumes("leader frozen for " + freeze.String())
-	<-time.After(time.Until(begin.Add(freeze)))
-	whole()
+	for what, name := range map[string]string{"leader": c.leader(), "broker of ingest": c.brokerOf("ingest")} {
+		frozen := c.processes[name].cmd.Process
+		require.NoError(t, frozen.Signal(syscall.SIGSTOP))
+		thaw := time.AfterFunc(freeze, func() { _ = frozen.Signal(syscall.SIGCONT) })
+		t.Cleanup(func() { thaw.Stop() })
+		begin := time.Now()
+		resumes(what + " frozen for " + freeze.String())
+		<-time.After(time.Until(begin.Add(freeze)))
+		whole()
+	}
 
 	for _, name := range c.brokers {
 		assert.Equal(t, 0, c.processes[name].stop(), name)
@@ -135,6 +137,23 @@ func (c *cluster) leader() string {
 		return name != ""
 	}, 60*time.Second, 50*time.Millisecond, "the stream has no leader")
 	return name
+}
+
+// brokerOf is the broker that a service is connected to.
+func (c *cluster) brokerOf(service string) string {
+	c.t.Helper()
+	for _, name := range c.brokers {
+		res, err := http.Get(c.monitors[name] + "/connz")
+		require.NoError(c.t, err)
+		body, err := io.ReadAll(res.Body)
+		require.NoError(c.t, err)
+		require.NoError(c.t, res.Body.Close())
+		if strings.Contains(string(body), `"name": "usher-`+service+`"`) {
+			return name
+		}
+	}
+	require.Failf(c.t, "not connected", "%s has no connection to a broker", service)
+	return ""
 }
 
 // healthy says whether every broker runs and says that it is well.

@@ -31,8 +31,10 @@ func Connect(url, creds, name string, log *zap.Logger, opts ...nats.Option) (*na
 		nats.ReconnectWait(250 * time.Millisecond),
 		nats.ReconnectJitter(100*time.Millisecond, 500*time.Millisecond),
 		nats.ReconnectBufSize(-1),
-		nats.PingInterval(20 * time.Second),
-		nats.MaxPingsOutstanding(3),
+		// A broker that hangs still takes bytes: only a ping that is not answered shows it. Other brokers of its cluster
+		// work meanwhile, so it is given up after 15 s.
+		nats.PingInterval(5 * time.Second),
+		nats.MaxPingsOutstanding(2),
 		nats.Timeout(3 * time.Second),
 		// A write to a full socket holds the connection's lock, and with it whoever publishes, asks for the state or wants to
 		// close. The broker hangs then: the connection is given up, and a publish in it fails as unknown.
