@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"net/http"
 	"os"
@@ -126,6 +127,7 @@ func newClusterOf(t *testing.T, cfg clusterConfig) *cluster {
 	replicas := c.configureBrokers(cfg)
 	c.env = append([]string{
 		"CLERK_WEBHOOK_SIGNING_SECRET=" + secret, "USHER_DATABASE_URL=" + databaseURL, "USHER_NATS_URL=" + c.natsURL,
+		"USHER_NATS_MONITOR_URL=" + strings.Join(slices.Sorted(maps.Values(c.monitors)), ","),
 		"USHER_INGEST_ADDR=" + in, "USHER_CONSOLE_ADDR=127.0.0.1:0", "USHER_LOG_LEVEL=info", "USHER_LOG_FORMAT=json",
 	}, cfg.env...)
 	c.db, err = database.Open(t.Context(), databaseURL, "usher")
@@ -244,10 +246,12 @@ func problemsAt(ops string) map[string]string {
 }
 
 // metric reads one series of the worker.
-func (c *cluster) metric(series string) string {
+func (c *cluster) metric(series string) string { return c.metricOf("worker", series) }
+
+func (c *cluster) metricOf(service, series string) string {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+c.ops["worker"]+"/metrics", nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+c.ops[service]+"/metrics", nil)
 	if err != nil {
 		return ""
 	}
