@@ -121,7 +121,7 @@ func (l *loop) consume(ctx context.Context) error {
 		l.log.Info("broker is back, handler goes on")
 	}
 	l.broker.setTrouble(nil)
-	fresh, again := make(chan jetstream.Msg, l.cfg.BatchSize), make(chan jetstream.Msg, l.cfg.BatchSize)
+	fresh, again := newQueue(l.cfg.BatchSize), newQueue(l.cfg.BatchSize)
 	left := make(chan work, 4)
 	l.aside = make(chan *delivery, 1) // the one that waits and the one before it stay below AckWait
 	var slow, beside sync.WaitGroup
@@ -129,16 +129,16 @@ func (l *loop) consume(ctx context.Context) error {
 	beside.Go(func() { l.besideLane(ctx) })
 	pumped := make(chan error, 1)
 	go func() {
-		defer close(fresh)
-		defer close(again)
+		defer close(fresh.messages)
+		defer close(again.messages)
 		pumped <- l.pump(ctx, iter, fresh, again)
 	}()
-	for msg := range fresh {
+	for msg := range fresh.messages {
 		if ctx.Err() != nil {
-			l.giveBack(msg)
+			l.giveBack(fresh.took(msg))
 			continue
 		}
-		batch, failures := l.parse(collect(msg, fresh, l.cfg.BatchSize))
+		batch, failures := l.parse(fresh.collect(msg, l.cfg.BatchSize))
 		if len(failures) > 0 {
 			select {
 			case left <- work{failures: failures}:
@@ -161,7 +161,7 @@ func (l *loop) consume(ctx context.Context) error {
 
 // pump moves messages from the blocking iterator to the lanes, so that a lane can take what is there without
 // lingering for more. It returns when the iterator ends, or once everything was given back after ctx is done.
-func (l *loop) pump(ctx context.Context, iter jetstream.MessagesContext, fresh, again chan<- jetstream.Msg) error {
+func (l *loop) pump(ctx context.Context, iter jetstream.MessagesContext, fresh, again *queue) error {
 	for {
 		msg, err := iter.Next(jetstream.NextContext(ctx))
 		if ctx.Err() != nil {
@@ -186,16 +186,12 @@ func (l *loop) pump(ctx context.Context, iter jetstream.MessagesContext, fresh, 
 		}
 		meta, err := msg.Metadata()
 		if err != nil || meta.NumDelivered == 1 {
-			select {
-			case fresh <- msg:
-			case <-ctx.Done(): // a batch may take longer than the broker's last words
+			if !fresh.put(ctx, msg) { // a batch may take longer than the broker's last words
 				l.giveBack(msg)
 			}
 			continue
 		}
-		select {
-		case again <- msg:
-		default:
+		if !again.offer(msg) {
 			// The slow lane has enough to do, and this one must not block the way for fresh events.
 			l.nak(msg, l.pace.next())
 		}
@@ -277,7 +273,7 @@ func (p *pace) next() time.Duration {
 }
 
 // slowLane works until both channels are closed. What came for the first time goes first: there may be healthy events in it.
-func (l *loop) slowLane(ctx context.Context, again <-chan jetstream.Msg, left <-chan work) {
+func (l *loop) slowLane(ctx context.Context, again *queue, left <-chan work) {
 	fromLeft := func(w work, ok bool) {
 		if !ok {
 			left = nil
@@ -286,7 +282,8 @@ func (l *loop) slowLane(ctx context.Context, again <-chan jetstream.Msg, left <-
 		l.failAll(ctx, w.failures)
 		l.takeApart(ctx, w.batch)
 	}
-	for again != nil || left != nil {
+	messages := again.messages
+	for messages != nil || left != nil {
 		select {
 		case w, ok := <-left:
 			fromLeft(w, ok)
@@ -294,39 +291,22 @@ func (l *loop) slowLane(ctx context.Context, again <-chan jetstream.Msg, left <-
 		default:
 		}
 		select {
-		case msg, ok := <-again:
+		case msg, ok := <-messages:
 			if !ok {
-				again = nil
+				messages = nil
 				continue
 			}
 			if ctx.Err() != nil {
-				l.giveBack(msg)
+				l.giveBack(again.took(msg))
 				continue
 			}
-			batch, failures := l.parse(collect(msg, again, l.cfg.BatchSize))
+			batch, failures := l.parse(again.collect(msg, l.cfg.BatchSize))
 			l.failAll(ctx, failures)
 			l.apply(ctx, batch, nil)
 		case w, ok := <-left:
 			fromLeft(w, ok)
 		}
 	}
-}
-
-// collect takes what is there right now.
-func collect(first jetstream.Msg, messages <-chan jetstream.Msg, limit int) []jetstream.Msg {
-	batch := []jetstream.Msg{first}
-	for len(batch) < limit {
-		select {
-		case msg, ok := <-messages:
-			if !ok {
-				return batch
-			}
-			batch = append(batch, msg)
-		default:
-			return batch
-		}
-	}
-	return batch
 }
 
 // parse decodes messages and tells apart what can never be applied.

@@ -67,6 +67,7 @@ func Replay(ctx context.Context, js jetstream.JetStream, db *gorm.DB, f Filter, 
 	}
 	o.Progress = func(p replay.Progress) {
 		result.Replayed, result.Applied, result.Failed, result.Open = p.Published, p.Applied, p.Failed, p.Open
+		result.grow(p.Published + result.Gone)
 		if progress != nil {
 			progress(result)
 		}
@@ -86,6 +87,10 @@ func Replay(ctx context.Context, js jetstream.JetStream, db *gorm.DB, f Filter, 
 	}
 	return result, err
 }
+
+// grow takes up letters that came into the index after the selection was counted, such as those that a sweep found: it lists them with
+// the others, and they were selected too.
+func (r *Result) grow(done int) { r.Selected = max(r.Selected, done) }
 
 // handlersOf are the handlers that gave up what f selects.
 func handlersOf(ctx context.Context, db *gorm.DB, f Filter) ([]string, error) {
@@ -267,6 +272,7 @@ func Discard(ctx context.Context, js jetstream.JetStream, db *gorm.DB, f Filter,
 				return result, err
 			}
 			err = giveUp(ctx, db, dlq, outage, entries[:n], found, &result)
+			result.grow(result.Discarded + result.Gone)
 			if progress != nil {
 				progress(result)
 			}

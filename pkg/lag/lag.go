@@ -1,8 +1,8 @@
 // Package lag shows how far every handler is behind, as metrics of whichever process still lives: a worker that has stopped cannot
 // say so itself. A process has one [Watch], however many services run in it.
 //
-// It guarantees that what is shown is known: it looks by itself every few seconds and never at a scrape, and what could not be looked at
-// three times in a row is not shown any more. It knows no list of handlers: a handler is a durable consumer of the event
+// It guarantees that what is shown is known: it looks by itself every few seconds and never at a scrape, and what is older
+// than 15 s (30 s where a look takes long) is not shown any more. It knows no list of handlers: a handler is a durable consumer of the event
 // stream that acks ([stream.Holds]), so also one that users of Usher made. It changes nothing.
 package lag
 
@@ -22,11 +22,12 @@ import (
 	"github.com/usherhq/usher/pkg/stream"
 )
 
-// every is between two looks. A look that takes long is followed by a pause of ten times as long.
-const every = 5 * time.Second
-
-// lookTime bounds one look.
-const lookTime = 10 * time.Second
+// every is between two looks. A look that takes long is followed by a pause of ten times as long, slowest at most. lookTime bounds a look.
+const (
+	every    = 5 * time.Second
+	slowest  = 20 * time.Second
+	lookTime = 10 * time.Second
+)
 
 var (
 	pending = prometheus.NewDesc("usher_consumer_pending",
@@ -44,7 +45,7 @@ var (
 	streamMaxBytes = prometheus.NewDesc("usher_stream_max_bytes",
 		"Size at which a stream is full, -1 for no limit.", []string{"stream"}, nil)
 	lastSuccess = prometheus.NewDesc("usher_lag_last_success_timestamp_seconds",
-		"When the lag was last read, from the broker and from the database, 0 for never. What was not read for three looks is not shown.", []string{"from"}, nil)
+		"When the lag was last read, from the broker and from the database, 0 for never.", []string{"from"}, nil)
 )
 
 // Watch keeps the metrics. It is a lifecycle.Service and a prometheus.Collector.
@@ -122,7 +123,7 @@ func (w *Watch) look(stop context.Context, s *source) time.Duration {
 	defer cancel()
 	start := time.Now()
 	found, err := s.look(ctx)
-	wait := max(w.every, 10*time.Since(start))
+	wait := min(max(w.every, 10*time.Since(start)), slowest)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
@@ -139,7 +140,7 @@ func (w *Watch) look(stop context.Context, s *source) time.Duration {
 		}
 		s.failed = false
 		s.at, s.found = time.Now(), found
-		s.until = s.at.Add(3 * wait)
+		s.until = s.at.Add(wait + lookTime)
 	}
 	return wait
 }

@@ -327,6 +327,8 @@ func (c *cli) replayEvents(ctx context.Context, o *replayFlags) error {
 	p := run.Progress()
 	result.Replayed, result.Earlier, result.LeftOut = p.Published, p.Earlier, p.LeftOut
 	result.Applied, result.Failed, result.Unsettled = p.Applied, p.Failed+result.Gone, p.Open
+	// The selection is bounded by its last event; its count is not exact where events come in at the same time.
+	result.Selected = max(result.Selected, p.Published+p.Earlier+p.LeftOut+result.Gone)
 	if errors.Is(err, replay.ErrFailing) || errors.Is(err, replay.ErrStalled) {
 		result.Stopped, err = err.Error(), nil
 	}

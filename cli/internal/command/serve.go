@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"path/filepath"
+	"runtime/debug"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -38,6 +40,7 @@ func (c *cli) serve() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			limitMemory()
 			return c.run(cmd.Context(), allinone.Config{
 				Settings: settings, Mode: "serve", Dir: settings.DataDir, Log: log,
 			}, func(ctx context.Context, i *allinone.Instance) error {
@@ -49,6 +52,17 @@ func (c *cli) serve() *cobra.Command {
 	}
 	c.settingFlags(cmd, false)
 	return cmd
+}
+
+// memoryTarget is what the process keeps its own memory below, where it can: it then collects garbage more often, and not only when
+// what it holds has doubled. What is in flight is bounded to much less.
+const memoryTarget = 256 << 20
+
+// limitMemory sets the target, unless GOMEMLIMIT sets one.
+func limitMemory() {
+	if os.Getenv("GOMEMLIMIT") == "" {
+		debug.SetMemoryLimit(memoryTarget)
+	}
 }
 
 // errDone ends an instance whose work is done.
