@@ -15,6 +15,7 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -24,6 +25,7 @@ import (
 
 	"github.com/usherhq/usher/pkg/clerk"
 	"github.com/usherhq/usher/pkg/config"
+	"github.com/usherhq/usher/pkg/database"
 	"github.com/usherhq/usher/pkg/observe"
 	"github.com/usherhq/usher/pkg/stream"
 )
@@ -79,6 +81,7 @@ type Console struct {
 	listener net.Listener
 	server   *http.Server
 	presence *stream.Presence
+	database *database.Watch // nil without a database
 	ensurer  *ensurer
 }
 
@@ -108,6 +111,10 @@ func New(cfg Config, deps Deps) (*Console, error) {
 		ErrorLog: zap.NewStdLog(log),
 	}
 	deps.Health.Add(Name, c.presence.Check)
+	if c.db != nil {
+		c.database = database.NewWatch(c.db)
+		deps.Health.Add(Name+" database", c.database.Check)
+	}
 	return c, nil
 }
 
@@ -127,15 +134,15 @@ func (c *Console) Close() {
 func (c *Console) Run(ctx context.Context) error {
 	defer c.Close()
 	watch, stop := context.WithCancel(ctx)
-	watched := make(chan struct{})
-	go func() {
-		defer close(watched)
-		c.presence.Run(watch)
-	}()
+	var watched sync.WaitGroup
+	watched.Go(func() { c.presence.Run(watch) })
+	if c.database != nil {
+		watched.Go(func() { c.database.Run(watch) })
+	}
 	c.log.Info("started", zap.String("addr", c.Addr()))
 	err := observe.Serve(ctx, c.server, c.listener, stopGrace)
 	stop()
-	<-watched
+	watched.Wait()
 	if err != nil {
 		return fmt.Errorf("run %s: %w", Name, err)
 	}

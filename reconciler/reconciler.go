@@ -89,6 +89,7 @@ type Reconciler struct {
 	publisher *stream.Publisher
 	log       *zap.Logger
 	db        *gorm.DB
+	database  *database.Watch // nil where nothing is reconciled
 	metrics   *Metrics
 	sources   []*source
 	once      sync.Once
@@ -138,6 +139,10 @@ func New(cfg Config, deps Deps) (*Reconciler, error) {
 		s.sweeper = NewSweeper(sweep, SweepDeps{API: s.client, DB: deps.DB, JS: js, Publisher: r.publisher, Log: log.With(zap.String("source", s.Name)), Metrics: r.metrics})
 	}
 	deps.Health.Add(Name, r.presence.Check)
+	if len(r.sources) > 0 {
+		r.database = database.NewWatch(r.db, "reconcile_runs", "drifts", "notifications")
+		deps.Health.Add(Name+" database", r.database.Check)
+	}
 	return r, nil
 }
 
@@ -165,6 +170,7 @@ func (r *Reconciler) Run(ctx context.Context) error {
 		<-ctx.Done()
 		return nil
 	}
+	group.Go(func() { r.database.Run(ctx) })
 	group.Go(func() { r.watch(ctx) })
 	r.log.Info("started", zap.Int("sources", len(r.sources)))
 	for sleep(ctx, r.cfg.Poll) == nil {

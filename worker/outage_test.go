@@ -457,7 +457,7 @@ func TestOutageIsSeenWhileNothingHappens(t *testing.T) {
 	r.send("first")
 	r.ledger(30 * time.Second)
 	proxy.Refuse(true)
-	r.notReady("ping database")
+	r.notReady("no PostgreSQL answers at")
 	proxy.Refuse(false)
 	r.untouched(30 * time.Second)
 }

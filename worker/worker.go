@@ -15,6 +15,7 @@ import (
 	"github.com/usherhq/usher/pkg/config"
 	"github.com/usherhq/usher/pkg/database"
 	"github.com/usherhq/usher/pkg/deadletter"
+	"github.com/usherhq/usher/pkg/mirror"
 	"github.com/usherhq/usher/pkg/observe"
 	"github.com/usherhq/usher/pkg/stream"
 )
@@ -104,14 +105,15 @@ type Deps struct {
 
 // Worker runs the handlers. It is a lifecycle.Service.
 type Worker struct {
-	cfg     Config
-	deps    Deps
-	metrics *metrics
-	loops   map[string][]*loop // by handler
-	idle    trouble            // of the database, also while there is nothing to do
-	letters letters
-	setups  setups
-	holding holding // only clean uses it
+	cfg      Config
+	deps     Deps
+	metrics  *metrics
+	loops    map[string][]*loop // by handler
+	waiting  trouble            // before the first look at the database
+	database *database.Watch    // also while there is nothing to do
+	letters  letters
+	setups   setups
+	holding  holding // only clean uses it
 }
 
 // New checks the configuration; it neither dials nor reads.
@@ -119,7 +121,10 @@ func New(cfg Config, deps Deps) (*Worker, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, fmt.Errorf("worker: %w", err)
 	}
-	w := &Worker{cfg: cfg.withDefaults(), deps: deps, loops: map[string][]*loop{}, setups: setups{consumers: map[string]*trouble{}}}
+	w := &Worker{
+		cfg: cfg.withDefaults(), deps: deps, loops: map[string][]*loop{}, setups: setups{consumers: map[string]*trouble{}},
+		database: database.NewWatch(deps.DB, writes()...),
+	}
 	if w.cfg.Concurrency == 0 {
 		w.cfg.Concurrency = 1
 		if database.IsPostgres(deps.DB) {
@@ -135,6 +140,15 @@ func New(cfg Config, deps Deps) (*Worker, error) {
 		}
 	}
 	return w, nil
+}
+
+// writes are the tables that Usher's own handlers and the delivery log need.
+func writes() []string {
+	tables := []string{"deliveries"}
+	for _, t := range mirror.Tables() {
+		tables = append(tables, t.Name)
+	}
+	return tables
 }
 
 // Name implements lifecycle.Service.
@@ -157,7 +171,7 @@ func (w *Worker) Run(ctx context.Context) error {
 			group.Go(func() error { return l.run(groupCtx) })
 		}
 	}
-	for _, watch := range []func(context.Context){w.watchDatabase, w.watchSetup, w.clean, w.sweepLetters} {
+	for _, watch := range []func(context.Context){w.database.Run, w.watchSetup, w.clean, w.sweepLetters} {
 		group.Go(func() error {
 			watch(groupCtx)
 			return nil
@@ -203,7 +217,10 @@ func (w *Worker) check(handler string) error {
 	if err := w.setups.check(handler); err != nil {
 		return err
 	}
-	return w.idle.check()
+	if err := w.waiting.check(); err != nil {
+		return err
+	}
+	return w.database.Check()
 }
 
 // waitForDatabase returns once the database answers and its migrations are done, or ctx is.
@@ -211,7 +228,7 @@ func (w *Worker) waitForDatabase(ctx context.Context) error {
 	policy := outageBackoff()
 	for ctx.Err() == nil {
 		err := database.CheckMigrated(ctx, w.deps.DB)
-		w.idle.setTrouble(err)
+		w.waiting.setTrouble(err)
 		if err == nil {
 			return nil
 		}
@@ -230,25 +247,6 @@ func (w *Worker) waitForDatabase(ctx context.Context) error {
 
 // watchInterval is how often the database is looked at where nothing else shows how it is.
 const watchInterval = 5 * time.Second
-
-// watchDatabase notices an outage of the database also while no event comes.
-func (w *Worker) watchDatabase(ctx context.Context) {
-	ticker := time.NewTicker(watchInterval)
-	defer ticker.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-ticker.C:
-		}
-		pingCtx, cancel := context.WithTimeout(ctx, watchInterval)
-		err := database.Ping(pingCtx, w.deps.DB)
-		cancel()
-		if ctx.Err() == nil {
-			w.idle.setTrouble(err)
-		}
-	}
-}
 
 // sweepEvery is how often the dead letters are compared with their index.
 const sweepEvery = time.Minute

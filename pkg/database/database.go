@@ -123,6 +123,10 @@ func Ping(ctx context.Context, db *gorm.DB) error {
 		return fmt.Errorf("ping database: %w", err)
 	}
 	if err := pool.PingContext(ctx); err != nil {
+		var open *OpenError
+		if errors.As(err, &open) { // says it all
+			return err //nolint:wrapcheck // ours
+		}
 		return fmt.Errorf("ping database: %w", err)
 	}
 	return nil

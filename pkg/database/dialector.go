@@ -1,6 +1,7 @@
 package database
 
 import (
+	"os"
 	"strconv"
 	"strings"
 
@@ -13,7 +14,11 @@ import (
 
 // dialector tells GORM how statements of SQLite are written. The ready-made ones each bring a driver of their own, of which none
 // keeps statements compiled (docs/decisions/0006-sqlite-driver.md). It makes no tables: migrations do.
-type dialector struct{ pool gorm.ConnPool }
+type dialector struct {
+	pool   gorm.ConnPool
+	path   string
+	opened os.FileInfo // the file as it was opened
+}
 
 // Name implements gorm.Dialector.
 func (dialector) Name() string { return "sqlite" }

@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -333,6 +334,10 @@ func openError(err error, cfg *pgx.ConnConfig) error {
 func reason(err error) string {
 	if errors.Is(err, context.DeadlineExceeded) {
 		return "no answer within " + connectTimeout.String()
+	}
+	var errno syscall.Errno // "connection refused"
+	if errors.As(err, &errno) {
+		return errno.Error()
 	}
 	for {
 		inner := errors.Unwrap(err)

@@ -52,7 +52,12 @@ func openSQLite(ctx context.Context, path string) (*gorm.DB, error) {
 	})
 	pool.SetMaxOpenConns(sqliteConns)
 	pool.SetMaxIdleConns(sqliteConns)
-	db, err := gorm.Open(dialector{pool}, gormConfig())
+	opened, err := os.Stat(path)
+	if err != nil {
+		_ = pool.Close()
+		return nil, &OpenError{kind: ErrUnreachable, err: err, text: fmt.Sprintf("%s cannot be opened for writing (%v)", path, err)}
+	}
+	db, err := gorm.Open(dialector{pool: pool, path: path, opened: opened}, gormConfig())
 	var encoding string
 	if err == nil {
 		err = pool.QueryRowContext(ctx, "PRAGMA encoding").Scan(&encoding)
