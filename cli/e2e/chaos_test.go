@@ -411,7 +411,7 @@ func TestOutagesUnderLoad(t *testing.T) {
 	}
 	require.Eventually(t, func() bool { return applied() > rate }, 60*time.Second, 20*time.Millisecond)
 
-	before := accepted()
+	before, attempts := accepted(), load.Ledger().Totals().Attempts
 	server.Stop()
 	gone := time.Now()
 	require.Eventually(t, func() bool { return c.metric(`usher_worker_paused{handler="mirror"}`) == "1" }, 60*time.Second, 10*time.Millisecond)
@@ -419,7 +419,9 @@ func TestOutagesUnderLoad(t *testing.T) {
 	assert.Nil(t, c.problems("ingest"), "ingest takes events while the database is away")
 	<-time.After(away - time.Since(gone))
 	meanwhile := accepted() - before
-	assert.Greater(t, float64(meanwhile), 0.8*rate*away.Seconds(), "ingest goes on")
+	// Of what was tried, not of the rate: a busy machine sends less.
+	assert.Greater(t, float64(meanwhile), 0.8*float64(load.Ledger().Totals().Attempts-attempts), "ingest goes on")
+	assert.Positive(t, meanwhile)
 	server.Start(t)
 	caught := calm()
 	t.Logf("database away for %s at %d events/s: %d events accepted meanwhile; backlog gone and ready %s after it was back", away, rate, meanwhile, caught.Round(100*time.Millisecond))

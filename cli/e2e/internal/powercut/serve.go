@@ -34,7 +34,7 @@ func Serve(dir string, commands io.Reader, answers io.Writer) error {
 				fmt.Fprintln(answers, err)
 				return err
 			}
-			d.Cut(loss, rand.New(rand.NewPCG(seed, 0))) //nolint:gosec // a fault that can be repeated
+			d.Cut(loss, rand.New(rand.NewPCG(seed, 0)))
 			if unmount, err = d.Mount(dir); err != nil {
 				fmt.Fprintln(answers, err)
 				return err
