@@ -14,7 +14,8 @@ import (
 
 const (
 	probeEvery = time.Second
-	// probeRarely is the pace where the broker does not let ingest ask: each try costs a line in its log.
+	probeTime  = 2 * time.Second
+	// probeRarely is the pace of the question where the broker does not let ingest ask: each try costs a line in its log.
 	probeRarely = time.Minute
 	// believed is how long a failed publish counts against readiness without a newer one.
 	believed = 5 * time.Second
@@ -25,6 +26,8 @@ const (
 // broker watches the way to the stream, so that readiness answers from memory.
 type broker struct {
 	js     jetstream.JetStream // nil in tests without one: always fine
+	source string              // the default one
+	mute   time.Time           // until when the stream is not asked for: only the watch uses it
 	probed atomic.Pointer[verdict]
 	last   atomic.Pointer[verdict] // of a publish
 }
@@ -39,8 +42,8 @@ func (b *broker) check() error {
 	if b.js == nil {
 		return nil
 	}
-	if !b.js.Conn().IsConnected() {
-		return errors.New("not connected to the broker")
+	if err := stream.Connected(b.js.Conn()); err != nil {
+		return err //nolint:wrapcheck // it is in words
 	}
 	probed := b.probed.Load()
 	if probed == nil {
@@ -63,17 +66,22 @@ func (b *broker) published(err error) {
 			b.last.Store(nil)
 		}
 	case errors.Is(err, stream.ErrFull):
-		b.last.Store(&verdict{errFull, time.Now()})
+		b.last.Store(&verdict{fmt.Errorf("stream %s: %w", stream.Events, stream.Words(err)), time.Now()})
 	case errors.Is(err, stream.ErrTooLarge), errors.Is(err, stream.ErrClosed):
 	default:
-		b.last.Store(&verdict{errNotStored, time.Now()})
+		words := stream.Words(err)
+		if words == stream.ErrUnavailable || errors.Is(err, context.DeadlineExceeded) { //nolint:errorlint // this very one: it says nothing
+			words = errNotConfirmed
+		}
+		b.last.Store(&verdict{words, time.Now()})
 	}
 }
 
-// errNotStored: a stream whose disk was full takes no write any more, even when there is room again.
-var errNotStored = errors.New("the last event could not be stored; if this stays while the broker is connected, its disk is full or broken: free space, then restart the broker")
+// errNotConfirmed: a stream one of whose writes failed takes no write any more, and tells a publisher nothing.
+var errNotConfirmed = errors.New("the broker did not confirm the last event: it is slow, or a write to its disk failed, after which the stream takes " +
+	"no event until the broker is restarted: its log and its own /healthz say what it was")
 
-var errFull = fmt.Errorf("stream %s is full", stream.Events)
+var errFull = fmt.Errorf("stream %s is full: %w", stream.Events, stream.ErrFull)
 
 // watch probes until ctx is done.
 func (b *broker) watch(ctx context.Context) {
@@ -81,14 +89,9 @@ func (b *broker) watch(ctx context.Context) {
 		return
 	}
 	for {
-		pace := probeEvery
-		conclusive, err := b.probe(ctx)
-		if !conclusive {
-			pace = probeRarely
-		}
-		b.probed.Store(&verdict{err, time.Now()})
+		b.probed.Store(&verdict{b.probe(ctx), time.Now()})
 		changed := b.js.Conn().StatusChanged()
-		wait := time.NewTimer(pace)
+		wait := time.NewTimer(probeEvery)
 		select {
 		case <-ctx.Done():
 		case <-changed: // connected again or lost: look at once
@@ -102,33 +105,43 @@ func (b *broker) watch(ctx context.Context) {
 	}
 }
 
-// probe asks for the stream. It is not conclusive where nobody answers: the broker may not allow the question
-// (ingest needs no more than to publish), and then connection and publishes decide.
-func (b *broker) probe(ctx context.Context) (conclusive bool, err error) {
-	if !b.js.Conn().IsConnected() {
-		return true, nil // check sees it by itself
+// probe asks for the stream. Where nobody answers, the broker may not allow the question (ingest needs no more than to publish): then an
+// event that the stream must refuse shows whether it takes any.
+func (b *broker) probe(ctx context.Context) error {
+	if stream.Connected(b.js.Conn()) != nil {
+		return nil // check sees it by itself
 	}
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	if time.Now().Before(b.mute) {
+		return b.knock(ctx)
+	}
+	ask, cancel := context.WithTimeout(ctx, probeTime)
 	defer cancel()
-	s, err := b.js.Stream(ctx, stream.Events)
-	var api *jetstream.APIError
-	switch {
-	case errors.Is(err, jetstream.ErrStreamNotFound):
-		return true, fmt.Errorf("stream %s is missing: run `usher setup`", stream.Events)
-	case errors.Is(err, jetstream.ErrJetStreamNotEnabled), errors.Is(err, jetstream.ErrJetStreamNotEnabledForAccount):
-		return true, errors.New("JetStream is not enabled at the broker")
-	case errors.As(err, &api):
-		return true, fmt.Errorf("the broker cannot serve stream %s: %s", stream.Events, api.Description)
-	case err != nil:
-		return false, nil
+	s, err := stream.Lookup(ask, b.js, stream.Events)
+	if stream.Words(err) == stream.ErrUnavailable { //nolint:errorlint // this very one: no answer
+		if err = b.knock(ctx); err == nil {
+			b.mute = time.Now().Add(probeRarely)
+		}
+		return err
+	}
+	if err != nil {
+		return err //nolint:wrapcheck // it is in words
 	}
 	info := s.CachedInfo()
 	if err := stream.CheckStream(info.Config); err != nil {
-		return true, err //nolint:wrapcheck // it names the stream and what to do
+		return err //nolint:wrapcheck // it names the stream and what to do
 	}
 	if c := info.Config; c.MaxBytes > 0 && c.Discard == jetstream.DiscardNew &&
 		info.State.Bytes+fullBelow > uint64(c.MaxBytes) {
-		return true, errFull
+		return errFull
 	}
-	return true, nil
+	return nil
+}
+
+func (b *broker) knock(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, probeTime)
+	defer cancel()
+	if err := stream.Knock(ctx, b.js, b.source); err != nil {
+		return fmt.Errorf("stream %s: %w", stream.Events, err)
+	}
+	return nil
 }

@@ -201,7 +201,7 @@ func newService(cfg Config, deps Deps) (*Service, error) {
 	}
 	s.verified.Store(deps.Durability == nil || deps.JetStream == nil)
 	s.slots = make(chan struct{}, s.cfg.MaxInFlight)
-	s.broker.js = deps.JetStream
+	s.broker.js, s.broker.source = deps.JetStream, s.cfg.Sources[0].Name
 	var err error
 	s.metrics, err = newMetrics(deps.Registerer)
 	return s, err

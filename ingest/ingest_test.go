@@ -326,7 +326,7 @@ func TestSlowBrokerIsAnsweredInTime(t *testing.T) {
 	assert.Equal(t, 503, a.status)
 	assert.Equal(t, string(brokerUnavailable), a.body.Error.Code)
 	assert.Less(t, time.Since(start), 3*time.Second)
-	assert.Contains(t, b.health.Problems()["broker"], "could not be stored")
+	assert.Contains(t, b.health.Problems()["broker"], "did not confirm the last event")
 }
 
 func TestErrorsOfThePublisher(t *testing.T) {

@@ -10,6 +10,8 @@ import (
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 	"go.uber.org/zap"
+
+	"github.com/usherhq/usher/pkg/event"
 )
 
 // PublishTimeout is how long a publish may wait for its ack: well below the 15 s after which Svix
@@ -124,6 +126,22 @@ func Lookup(ctx context.Context, js jetstream.JetStream, name string) (jetstream
 		return nil, fmt.Errorf("stream %s: %w", name, Explain(err))
 	}
 	return s, nil
+}
+
+// codeOtherStream is the refusal of an event that expects another stream.
+const codeOtherStream jetstream.ErrorCode = 10060
+
+// Knock shows whether [Events] takes events, without storing one: it publishes where an event of the source that cannot be decoded would
+// lie, and expects another stream, which the stream's leader refuses. It needs no permission but that to publish.
+func Knock(ctx context.Context, js jetstream.JetStream, source string) error {
+	msg := nats.NewMsg(Subject(&event.Event{Source: source}))
+	msg.Header.Set(jetstream.ExpectedStreamHeader, "USHER_NO_STREAM")
+	_, err := js.PublishMsg(ctx, msg)
+	var api *jetstream.APIError
+	if errors.As(err, &api) && api.ErrorCode == codeOtherStream {
+		return nil
+	}
+	return Explain(err)
 }
 
 // leads tells whether a stream has a leader that a majority of its servers can follow. A leader that has lost them answers for some

@@ -68,6 +68,34 @@ func Explain(err error) error {
 	return err
 }
 
+// Words is the part of an error that says what is the matter, without what was being done: the kind itself where the words are its own.
+// What is not of [Explain] stays as it is.
+func Words(err error) error {
+	var e *explained
+	if !errors.As(err, &e) {
+		return err
+	}
+	if kind := e.chain[0]; kind.Error() == e.words {
+		return kind
+	}
+	return e
+}
+
+// StorageTrouble says in words what a broker's report of its own health (/healthz) means where it cannot write to dir.
+func StorageTrouble(report, dir string) string {
+	const restart = ", then restart the broker"
+	switch text := strings.ToLower(report); {
+	case strings.Contains(text, "no space left"), strings.Contains(text, "disk quota"):
+		return report + ": free space in " + dir + restart
+	case strings.Contains(text, "too many open files"):
+		return report + ": raise the limit of open files (ulimit -n, LimitNOFILE)" + restart
+	case strings.Contains(text, "read-only"), strings.Contains(text, "permission denied"), strings.Contains(text, "input/output error"):
+		return report + ": make " + dir + " writable again" + restart
+	default:
+		return report
+	}
+}
+
 func explain(kind error, words string, cause error) error {
 	chain := []error{kind, cause}
 	switch kind { //nolint:errorlint // one of ours, by itself

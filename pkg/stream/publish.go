@@ -106,13 +106,13 @@ func (p *Publisher) Publish(ctx context.Context, e *event.Event) (Ack, error) {
 	case <-p.closing:
 		return Ack{}, ErrClosed
 	case <-ctx.Done():
-		return Ack{}, fmt.Errorf("publish %s: %w: %w", e.ID, ErrUnavailable, ctx.Err())
+		return Ack{}, fmt.Errorf("publish %s: %w", e.ID, classify(ctx.Err()))
 	}
 	select {
 	case r := <-it.done:
 		return r.ack, r.err
 	case <-ctx.Done():
-		return Ack{}, fmt.Errorf("publish %s: %w: %w", e.ID, ErrUnavailable, ctx.Err())
+		return Ack{}, fmt.Errorf("publish %s: %w", e.ID, classify(ctx.Err()))
 	case <-p.done:
 		select { // answered in the last moment?
 		case r := <-it.done:
@@ -195,7 +195,7 @@ func (p *Publisher) commit(group []*item) {
 	for _, it := range group {
 		switch {
 		case it.ctx.Err() != nil: // its caller has gone: do not store for nobody
-			it.done <- result{err: fmt.Errorf("publish %s: %w: %w", it.event.ID, ErrUnavailable, it.ctx.Err())}
+			it.done <- result{err: fmt.Errorf("publish %s: %w", it.event.ID, classify(it.ctx.Err()))}
 		default:
 			if _, seen := followers[it.event.ID]; seen {
 				followers[it.event.ID] = append(followers[it.event.ID], it)
@@ -309,7 +309,7 @@ func (p *Publisher) publishOne(ctx context.Context, e *event.Event) (Ack, error)
 		select {
 		case <-time.After(wait):
 		case <-ctx.Done():
-			return Ack{}, fmt.Errorf("publish %s: %w: %w", e.ID, ErrUnavailable, err)
+			return Ack{}, fmt.Errorf("publish %s: %w", e.ID, classify(err))
 		}
 	}
 }

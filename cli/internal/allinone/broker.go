@@ -80,7 +80,7 @@ func storageCheck(srv *server.Server, dir string) observe.Check {
 		}
 		asked, last = time.Now(), nil
 		if health := srv.Healthz(nil); health.Status != "ok" {
-			last = fmt.Errorf("the embedded broker cannot write: %s: free space in %s, then restart", health.Error, dir)
+			last = errors.New("the embedded broker cannot work: " + stream.StorageTrouble(health.Error, dir))
 		}
 		return last
 	}
