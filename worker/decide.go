@@ -51,7 +51,7 @@ func isOutage(err error) bool {
 	var own *ownError
 	var refused *logError
 	switch {
-	case errors.Is(err, errBroker), errors.Is(err, errSlow):
+	case errors.Is(err, errBroker), errors.Is(err, errSlow), errors.Is(err, errForeign), errors.Is(err, errNotLooked):
 		return true
 	case errors.Is(err, errTimeout), errors.Is(err, errPanic), errors.As(err, &own):
 		return false

@@ -29,6 +29,7 @@ import (
 type loop struct {
 	broker  trouble // of the subscription
 	letters *letters
+	watch   *watch
 	outage  outage
 	proof   *proof
 	aside   chan *delivery // to the lane of events that take long
@@ -65,7 +66,7 @@ type work struct {
 
 func newLoop(w *Worker, h Handler, p *proof) *loop {
 	return &loop{
-		proof: p, letters: &w.letters,
+		proof: p, letters: &w.letters, watch: w.watches[h.Name()],
 		cfg: w.cfg, handler: h, js: w.deps.JetStream, db: w.deps.DB, inbox: inbox.New(h.Name()), metrics: w.metrics,
 		log: w.deps.Log.With(zap.String("service", "worker"), zap.String("handler", h.Name())),
 	}
@@ -433,6 +434,9 @@ const (
 func (l *loop) inTx(ctx context.Context, limit time.Duration, locks string, fn func(ctx context.Context, tx *gorm.DB) error) error {
 	finish, release := withGrace(ctx, stopGrace)
 	defer release()
+	if err := l.watch.admit(finish); err != nil {
+		return err
+	}
 	txCtx, cancel := context.WithTimeout(finish, limit)
 	defer cancel()
 	err := database.InTx(txCtx, l.db, func(tx *gorm.DB) error {
@@ -551,6 +555,7 @@ func (l *loop) applied(ctx context.Context, batch []*delivery, s sorted, good []
 		}
 	}
 	if len(good) > 0 {
+		l.watch.settled(&good[len(good)-1].event)
 		l.proof.passed.Add(1)
 	}
 	for _, d := range good {

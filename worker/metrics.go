@@ -17,7 +17,7 @@ type metrics struct {
 	purged     prometheus.Counter
 }
 
-func newMetrics(reg prometheus.Registerer, handlers []Registration, check func(handler string) error) *metrics {
+func newMetrics(reg prometheus.Registerer, handlers []Registration, check func(handler string) error, missing func(handler string) float64) *metrics {
 	m := &metrics{
 		deliveries: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "usher_worker_deliveries_total", Help: "Deliveries by handler and what became of them.",
@@ -48,6 +48,10 @@ func newMetrics(reg prometheus.Registerer, handlers []Registration, check func(h
 		}
 		m.duration.WithLabelValues(name)
 		m.age.WithLabelValues(name)
+		reg.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "usher_worker_stream_gap", Help: "Events that broker or database have lost, as far as is known, until they are replayed or swept.",
+			ConstLabels: prometheus.Labels{"handler": name},
+		}, func() float64 { return missing(name) }))
 		// Asked at each scrape, so that it says the same as readiness.
 		reg.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "usher_worker_paused", Help: "1 while a handler waits for the database or the broker.",

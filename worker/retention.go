@@ -40,6 +40,9 @@ func (w *Worker) clean(ctx context.Context) {
 		case <-time.After(wait):
 		}
 		start := time.Now()
+		if err := w.admitted(ctx); err != nil {
+			continue
+		}
 		now, purged, err := w.purgeStream(ctx)
 		if purged > 0 {
 			w.metrics.purged.Add(float64(purged))
@@ -88,6 +91,9 @@ func (w *Worker) purgeStream(ctx context.Context) (now time.Time, purged uint64,
 	w.tellHolder(holder, keep, state.Bytes, before.Config.MaxBytes)
 	if keep <= state.FirstSeq {
 		return now, 0, nil
+	}
+	if err := w.purging(ctx, keep); err != nil {
+		return now, 0, err
 	}
 	if err := s.Purge(ctx, jetstream.WithPurgeSequence(keep)); err != nil {
 		return now, 0, fmt.Errorf("purge stream %s: %w", stream.Events, err)

@@ -111,6 +111,7 @@ type Worker struct {
 	loops    map[string][]*loop // by handler
 	waiting  trouble            // before the first look at the database
 	database *database.Watch    // also while there is nothing to do
+	watches  map[string]*watch  // by handler
 	letters  letters
 	setups   setups
 	holding  holding // only clean uses it
@@ -124,6 +125,7 @@ func New(cfg Config, deps Deps) (*Worker, error) {
 	w := &Worker{
 		cfg: cfg.withDefaults(), deps: deps, loops: map[string][]*loop{}, setups: setups{consumers: map[string]*trouble{}},
 		database: database.NewWatch(deps.DB, writes()...),
+		watches:  map[string]*watch{},
 	}
 	if w.cfg.Concurrency == 0 {
 		w.cfg.Concurrency = 1
@@ -131,7 +133,11 @@ func New(cfg Config, deps Deps) (*Worker, error) {
 			w.cfg.Concurrency = 2
 		}
 	}
-	w.metrics = newMetrics(deps.Registerer, w.cfg.Handlers, w.check)
+	process := processName()
+	for _, r := range w.cfg.Handlers {
+		w.watches[r.Handler.Name()] = newWatch(w, r, process)
+	}
+	w.metrics = newMetrics(deps.Registerer, w.cfg.Handlers, w.check, func(handler string) float64 { return w.watches[handler].lost() })
 	for _, r := range w.cfg.Handlers {
 		p := &proof{}
 		w.setups.consumers[r.Handler.Name()] = &trouble{}
@@ -161,6 +167,9 @@ func (w *Worker) Run(ctx context.Context) error {
 	for name := range w.loops {
 		w.deps.Health.Add("worker "+name, func() error { return w.check(name) })
 	}
+	for name, one := range w.watches {
+		w.deps.Health.Add("stream of "+name, one.check)
+	}
 	w.deps.Health.Add("dead letters", w.letters.check)
 	if err := w.waitForDatabase(ctx); err != nil {
 		return err
@@ -170,6 +179,12 @@ func (w *Worker) Run(ctx context.Context) error {
 		for _, l := range loops {
 			group.Go(func() error { return l.run(groupCtx) })
 		}
+	}
+	for _, one := range w.watches {
+		group.Go(func() error {
+			one.run(groupCtx)
+			return nil
+		})
 	}
 	for _, watch := range []func(context.Context){w.database.Run, w.watchSetup, w.clean, w.sweepLetters} {
 		group.Go(func() error {
@@ -258,7 +273,11 @@ func (w *Worker) sweepLetters(ctx context.Context) {
 	ticker := time.NewTicker(sweepEvery)
 	defer ticker.Stop()
 	for {
-		swept, err := sweeper.Sweep(ctx)
+		var swept deadletter.Swept
+		err := w.admitted(ctx) // another broker's letters say nothing of these rows
+		if err == nil {
+			swept, err = sweeper.Sweep(ctx)
+		}
 		switch {
 		case ctx.Err() != nil:
 			return

@@ -124,7 +124,7 @@ func (s *suite) dump(t testing.TB, db *gorm.DB) []string {
 	var tables, dump []string
 	require.NoError(t, db.Raw(list).Scan(&tables).Error)
 	for _, table := range tables {
-		if table == "deliveries" || table == "audit_log" || strings.Contains(table, "goose") || strings.HasPrefix(table, "sqlite_") {
+		if table == "deliveries" || table == "audit_log" || table == "stream_watch" || strings.Contains(table, "goose") || strings.HasPrefix(table, "sqlite_") {
 			continue
 		}
 		var rows []map[string]any
