@@ -161,12 +161,8 @@ func (w *watch) problem() error {
 	return w.gap
 }
 
-// check is readiness. The handler goes on working where something is missing; it pauses for another broker.
-func (w *watch) check() error {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.gap
-}
+// check is readiness, also while no event comes. The handler works where something is missing; it pauses for another broker.
+func (w *watch) check() error { return w.problem() }
 
 // lost is how many events are known to be missing.
 func (w *watch) lost() float64 {
