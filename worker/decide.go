@@ -15,6 +15,7 @@ import (
 	"github.com/usherhq/usher/pkg/database"
 	"github.com/usherhq/usher/pkg/deadletter"
 	"github.com/usherhq/usher/pkg/event"
+	"github.com/usherhq/usher/pkg/mirror"
 	"github.com/usherhq/usher/pkg/stream"
 )
 
@@ -205,6 +206,8 @@ func reasonOf(err error) deadletter.Reason {
 		return deadletter.Undecodable
 	case errors.Is(err, errWrongInstance):
 		return deadletter.WrongInstance
+	case errors.Is(err, mirror.ErrWrongSource):
+		return deadletter.WrongSource
 	case isPermanent(err):
 		return deadletter.Rejected
 	case errors.Is(err, errPanic):

@@ -57,7 +57,7 @@ func (mirrorHandler) Name() string { return "mirror" }
 
 func (mirrorHandler) Handle(ctx context.Context, tx *gorm.DB, batch []event.Event) error {
 	err := mirror.Apply(ctx, tx, batch)
-	if errors.Is(err, mirror.ErrNoID) {
+	if errors.Is(err, mirror.ErrNoID) || errors.Is(err, mirror.ErrWrongSource) {
 		return Permanent(err)
 	}
 	return err

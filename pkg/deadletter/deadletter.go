@@ -35,6 +35,7 @@ type Reason string
 const (
 	Undecodable   Reason = "undecodable"    // the body is not an event
 	WrongInstance Reason = "wrong_instance" // of a Clerk instance that is not the configured one
+	WrongSource   Reason = "wrong_source"   // the object belongs to another source
 	Rejected      Reason = "rejected"       // the handler said that it can never succeed
 	HandlerError  Reason = "handler_error"  // the handler failed at every attempt
 	Constraint    Reason = "constraint"     // the database refused the data at every attempt
@@ -44,7 +45,7 @@ const (
 
 // Reasons lists the closed set.
 func Reasons() []Reason {
-	return []Reason{Undecodable, WrongInstance, Rejected, HandlerError, Constraint, Panic, Timeout}
+	return []Reason{Undecodable, WrongInstance, WrongSource, Rejected, HandlerError, Constraint, Panic, Timeout}
 }
 
 // Headers that a dead letter has besides those of its event.

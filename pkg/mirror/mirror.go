@@ -4,10 +4,11 @@
 // event that wins, and which wins is a total order (package event). A delete leaves a tombstone. A copy of an object
 // inside another's event makes a stub at most. It keeps every object as Clerk sent it in raw, but for what
 // no database can hold (see [Clean]), and it fails for no field's type. It refuses to guess: events of types it does not
-// know write nothing.
+// know write nothing. A row belongs to the source that made it, be it as a stub or as a tombstone: no event of another source changes it.
 package mirror
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -24,6 +25,9 @@ import (
 // ErrNoID is wrapped by the error of [Apply] for an event whose object has no id: it can never be applied.
 var ErrNoID = errors.New("object has no id")
 
+// ErrWrongSource is wrapped by the error of [Apply] for an event about an object whose row belongs to another source.
+var ErrWrongSource = errors.New("object belongs to another source")
+
 // Knows tells whether events of the type are mirrored. Others are not an error: they write nothing.
 func Knows(t event.Type) bool { return tableOf(t) != nil }
 
@@ -39,6 +43,8 @@ func tableOf(t event.Type) *Table {
 // row is one state of one object.
 type row struct {
 	id      string
+	source  string
+	event   *event.Event // whose object it is; nil for a copy inside another's
 	version event.Version
 	ended   bool
 	values  []any // as the table's upsert wants them
@@ -58,7 +64,7 @@ var endedStatus = map[string]bool{"ended": true, "removed": true, "revoked": tru
 // Apply writes a batch in the caller's transaction: the newest state of each object in it, where the table has no newer one.
 // Repetition and order do not matter, neither within nor between batches. Rows are written table by table in
 // order of their ids, so that concurrent batches wait for each other but never in a circle. An error (of the
-// database, or [ErrNoID]) says nothing about which event of the batch caused it; the transaction must then be rolled back.
+// database, [ErrNoID] or [ErrWrongSource]) says nothing about which event of the batch caused it; the transaction must then be rolled back.
 func Apply(ctx context.Context, tx *gorm.DB, batch []event.Event) error {
 	now := time.Now().UTC().Truncate(time.Millisecond)
 	newest := make(map[*Table]map[string]*row, len(tables))
@@ -82,11 +88,44 @@ func Apply(ctx context.Context, tx *gorm.DB, batch []event.Event) error {
 		for i, r := range sorted {
 			rows[i] = r.values
 		}
-		if _, err := table.upsert.Exec(ctx, tx, rows); err != nil {
+		written, err := table.upsert.Exec(ctx, tx, rows)
+		if err == nil && written < int64(len(rows)) { // what the table has is newer, or not theirs
+			err = table.checkSource(ctx, tx, sorted)
+		}
+		if err != nil {
 			return fmt.Errorf("apply events: %w", err)
 		}
 	}
 	return nil
+}
+
+// checkSource returns [ErrWrongSource] where a row belongs to another source than the event about its object. A copy inside another object
+// is left out: it changes no row but its own source's, and that is all.
+func (t *Table) checkSource(ctx context.Context, tx *gorm.DB, rows []*row) error {
+	events := make(map[string]*row, len(rows))
+	ids := make([]string, 0, len(rows))
+	for _, r := range rows {
+		if r.event != nil {
+			events[r.id], ids = r, append(ids, r.id)
+		}
+	}
+	if len(ids) == 0 {
+		return nil
+	}
+	var owned []struct{ ID, Source string }
+	if err := tx.WithContext(ctx).Raw("SELECT id, source FROM "+t.Name+" WHERE id IN ?", ids).Scan(&owned).Error; err != nil {
+		return fmt.Errorf("look whose %s they are: %w", t.Name, err)
+	}
+	for _, o := range owned {
+		if r := events[o.ID]; r.source != o.Source {
+			return wrongSource(r, t, o.Source)
+		}
+	}
+	return nil
+}
+
+func wrongSource(r *row, t *Table, owner string) error {
+	return fmt.Errorf("%s %s of source %q about %s in %s: %w: %q", r.event.Type, r.event.ID, r.source, r.id, t.Name, ErrWrongSource, owner)
 }
 
 // collect adds what one event says: its object, and a stub of the copy inside it.
@@ -107,7 +146,11 @@ func collect(newest map[*Table]map[string]*row, e *event.Event, now time.Time, m
 		s.deletedAt = max(s.version.SeenAt, 1)
 	}
 	raw := string(Clean(e.Data))
-	keep(newest, table, table.row(memory, &s, raw))
+	object := table.row(memory, &s, raw)
+	object.event = e
+	if err := keep(newest, table, object); err != nil {
+		return err
+	}
 
 	inside, copied := embedded(e.Type, raw)
 	if inside == nil {
@@ -120,19 +163,29 @@ func collect(newest map[*Table]map[string]*row, e *event.Event, now time.Time, m
 	s.id, s.deletedAt = id.Str, 0
 	s.version = e.StubVersion(integer(copied.Get("updated_at")))
 	s.version.EventID = s.eventID
-	keep(newest, inside, inside.row(memory, &s, copied.Raw))
-	return nil
+	return keep(newest, inside, inside.row(memory, &s, copied.Raw))
 }
 
-func keep(newest map[*Table]map[string]*row, table *Table, r *row) {
+// keep remembers the newest state of an object. Two sources that speak of one object are told apart by the database, event by event.
+func keep(newest map[*Table]map[string]*row, table *Table, r *row) error {
 	states := newest[table]
 	if states == nil {
 		states = map[string]*row{}
 		newest[table] = states
 	}
-	if have := states[r.id]; have == nil || r.newer(have) {
+	have := states[r.id]
+	switch {
+	case have == nil:
 		states[r.id] = r
+	case have.source != r.source:
+		return fmt.Errorf("%s in %s: %w: %q and %q in one batch", r.id, table.Name, ErrWrongSource, have.source, r.source)
+	case r.newer(have):
+		r.event = cmp.Or(r.event, have.event)
+		states[r.id] = r
+	default:
+		have.event = cmp.Or(have.event, r.event)
 	}
+	return nil
 }
 
 // embedded is the copy of another object inside an event, and its table.
@@ -161,7 +214,7 @@ type state struct {
 // row makes the row of an object. raw must be clean.
 func (t *Table) row(memory *scratch, s *state, raw string) *row {
 	typed := t.derive(memory, raw)
-	r := &row{id: s.id, version: s.version}
+	r := &row{id: s.id, source: s.source, version: s.version}
 	if t.ended >= 0 {
 		if s.deletedAt != 0 {
 			typed[t.ended] = value{set: true, n: 1}

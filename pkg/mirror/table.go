@@ -184,7 +184,7 @@ func (t *Table) build() {
 	}
 	t.upsert = &database.Upsert{
 		Table: t.Name, Columns: append(columns, common...), Conflict: []string{"id"},
-		Guard: "(" + t.Name + "." + strings.Join(order, ", "+t.Name+".") + ") < (excluded." + strings.Join(order, ", excluded.") + ")",
+		Guard: t.Name + ".source = excluded.source AND (" + t.Name + "." + strings.Join(order, ", "+t.Name+".") + ") < (excluded." + strings.Join(order, ", excluded.") + ")",
 	}
 }
 

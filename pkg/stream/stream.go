@@ -102,7 +102,7 @@ func rest(e *event.Event) string {
 func Message(e *event.Event) *nats.Msg {
 	msg := nats.NewMsg(Subject(e))
 	msg.Data = e.Raw
-	msg.Header.Set(HeaderMsgID, e.ID)
+	msg.Header.Set(HeaderMsgID, e.Ref().String())
 	msg.Header.Set(HeaderEventID, e.ID)
 	msg.Header.Set(HeaderType, string(e.Type))
 	msg.Header.Set(HeaderSource, e.Source)
