@@ -226,12 +226,16 @@ func (e *ensurer) ask(s *reader, id string) error {
 
 // publish stores the event of a user whose row is not there.
 func (e *ensurer) publish(ctx context.Context, s *reader, user clerk.Object, read time.Time) error {
-	var tombstones int64
-	err := e.db.WithContext(ctx).Table("users").Where("id = ? AND deleted_at IS NOT NULL AND version > ?", user.ID, event.Millis(user.UpdatedAt)).Count(&tombstones).Error
+	var rows []struct{ Source string }
+	err := e.db.WithContext(ctx).Table("users").Where("id = ? AND (source <> ? OR deleted_at IS NOT NULL AND version > ?)", user.ID, s.Name, event.Millis(user.UpdatedAt)).
+		Select("source").Find(&rows).Error
 	if err != nil {
 		return &refusal{"database_unavailable", "the database does not answer", err}
 	}
-	if tombstones > 0 {
+	if len(rows) > 0 && rows[0].Source != s.Name {
+		return &refusal{code: "wrong_source", message: "the row of this user belongs to another source"}
+	}
+	if len(rows) > 0 {
 		return &refusal{code: "deleted_later", message: "Clerk has the user, but a delete came that is newer than its last change there: the row comes back with the next one"}
 	}
 	ev := event.Compose("user.created", user.Raw, s.InstanceID, read)
@@ -240,7 +244,7 @@ func (e *ensurer) publish(ctx context.Context, s *reader, user clerk.Object, rea
 	for generation := range maxGenerations {
 		ev.ID = event.ReconciledID(identity, generation)
 		var status []string
-		err := e.db.WithContext(ctx).Table("deliveries").Where("handler = ? AND event_id = ?", mirrorHandler, ev.ID).Pluck("status", &status).Error
+		err := e.db.WithContext(ctx).Table("deliveries").Where("handler = ? AND source = ? AND event_id = ?", mirrorHandler, s.Name, ev.ID).Pluck("status", &status).Error
 		switch {
 		case err != nil:
 			return &refusal{"database_unavailable", "the database does not answer", err}

@@ -15,7 +15,6 @@ import (
 	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
-	"github.com/nats-io/nats.go/jetstream"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/zap"
@@ -454,7 +453,7 @@ func TestStopUnderLoad(t *testing.T) {
 	assert.InDelta(t, answered.Load(), counted, 0)
 	in := map[string]bool{}
 	for _, m := range b.all() {
-		in[m.Header.Get(jetstream.MsgIDHeader)] = true
+		in[m.Header.Get(stream.HeaderEventID)] = true
 	}
 	for _, id := range said {
 		assert.True(t, in[id], id)

@@ -206,7 +206,7 @@ func readAnswer(t testing.TB, resp *http.Response) answer {
 func (b *bundle) stored(id string) *jetstream.RawStreamMsg {
 	b.t.Helper()
 	for _, m := range b.all() {
-		if m.Header.Get(stream.HeaderMsgID) == id {
+		if m.Header.Get(stream.HeaderEventID) == id {
 			return m
 		}
 	}

@@ -47,6 +47,7 @@ type row struct {
 	version int64
 	seenAt  int64
 	deleted bool
+	foreign bool // it belongs to another source
 	raw     string
 	columns []mirror.Difference // the columns that do not hold what raw says; none for stubs and tombstones, which are not looked at
 }
@@ -68,10 +69,12 @@ type verdict struct {
 	defeated bool
 	// held: the living row is newer than the object, and not by what came after it was read. No event of this object can change it.
 	held bool
+	// foreign: the row belongs to another source, whose events alone change it.
+	foreign bool
 }
 
 // open tells whether there is something to settle.
-func (v *verdict) open() bool { return v.drift != "" || v.defeated || v.held }
+func (v *verdict) open() bool { return v.drift != "" || v.defeated || v.held || v.foreign }
 
 // held judges a row that is newer than its object. Times alone are no other content.
 func held(table string, o *object, r *row) verdict {
@@ -91,6 +94,8 @@ func compare(table string, o *object, r *row) verdict {
 	switch v := o.version(); {
 	case r == nil:
 		return verdict{drift: Missing}
+	case r.foreign:
+		return verdict{foreign: true}
 	case r.deleted && (v == 0 || r.version >= v):
 		return verdict{defeated: true}
 	case r.deleted:

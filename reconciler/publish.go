@@ -27,6 +27,7 @@ type drift struct {
 	fields        []Field
 	defeated      bool
 	held          bool
+	foreign       bool
 	mirrorVersion int64
 	clerkVersion  int64
 	event         event.Event
@@ -53,7 +54,7 @@ var objectNames = map[string]string{
 // driftOf makes the event of a candidate: what Clerk would have sent, with the time of the read as its timestamp. Its id is the same
 // for every run that finds the same.
 func (w *sweep) driftOf(c *candidate) drift {
-	d := drift{id: c.object.ID, drift: c.verdict.drift, fields: c.verdict.fields, defeated: c.verdict.defeated, held: c.verdict.held, clerkVersion: c.object.version()}
+	d := drift{id: c.object.ID, drift: c.verdict.drift, fields: c.verdict.fields, defeated: c.verdict.defeated, held: c.verdict.held, foreign: c.verdict.foreign, clerkVersion: c.object.version()}
 	if c.row != nil && !c.row.deleted {
 		d.mirrorVersion = c.row.version
 	}
@@ -88,6 +89,8 @@ func (d *drift) heldBack() HeldBack {
 	switch {
 	case d.defeated:
 		return HeldByDelete
+	case d.foreign:
+		return HeldBySource
 	case d.held:
 		return HeldByVersion
 	default:

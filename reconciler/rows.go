@@ -113,19 +113,20 @@ func (b books) query(ctx context.Context, table, which string, args ...any) (pag
 	if err != nil {
 		return nil, nil, err
 	}
-	rows, err := b.db.WithContext(ctx).Raw("SELECT id, version, seen_at, deleted_at IS NOT NULL, raw, "+check.Columns()+" FROM "+table+" "+which, args...).Rows()
+	rows, err := b.db.WithContext(ctx).Raw("SELECT id, source, version, seen_at, deleted_at IS NOT NULL, raw, "+check.Columns()+" FROM "+table+" "+which, args...).Rows()
 	if err != nil {
 		return nil, nil, fmt.Errorf("read %s: %w", table, err)
 	}
 	defer func() { _ = rows.Close() }()
 	var r row
-	targets := append([]any{&r.id, &r.version, &r.seenAt, &r.deleted, &r.raw}, check.Targets()...)
+	var source string
+	targets := append([]any{&r.id, &source, &r.version, &r.seenAt, &r.deleted, &r.raw}, check.Targets()...)
 	for rows.Next() {
 		if err := rows.Scan(targets...); err != nil {
 			return nil, nil, fmt.Errorf("read %s: %w", table, err)
 		}
 		r.created, last = check.CreatedAt()
-		r.columns = nil
+		r.columns, r.foreign = nil, source != b.source
 		if r.version > 0 && !r.deleted {
 			r.columns = check.Differences(r.raw)
 		}
@@ -137,13 +138,13 @@ func (b books) query(ctx context.Context, table, which string, args ...any) (pag
 	return page, last, nil
 }
 
-// settled tells which events the mirror has in one of the states.
+// settled tells which events of the source the mirror has in one of the states.
 func (b books) settled(ctx context.Context, ids []string, states ...string) (map[string]bool, error) {
 	done := make(map[string]bool, len(ids))
 	for len(ids) > 0 {
 		n := min(len(ids), rowPage)
 		var some []string
-		err := b.db.WithContext(ctx).Table("deliveries").Where("handler = ? AND event_id IN ? AND status IN ?", mirrorHandler, ids[:n], states).Pluck("event_id", &some).Error
+		err := b.db.WithContext(ctx).Table("deliveries").Where("handler = ? AND source = ? AND event_id IN ? AND status IN ?", mirrorHandler, b.source, ids[:n], states).Pluck("event_id", &some).Error
 		if err != nil {
 			return nil, fmt.Errorf("read deliveries: %w", err)
 		}

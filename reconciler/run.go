@@ -126,23 +126,26 @@ type Report struct {
 	Items     []Item            `json:"items"` // the first 10,000
 }
 
-// HeldBack is why drift stays: the version rule would drop the event.
+// HeldBack is why drift stays: the event would change nothing.
 type HeldBack string
 
-// What holds drift back. It ends with the object's next change at Clerk that is newer than the row.
+// What holds drift back. It ends with the object's next change at Clerk that is newer than the row; where the row belongs to another
+// source, when an operator gives it to this one.
 const (
 	HeldByDelete  HeldBack = "by a newer delete here"
 	HeldByVersion HeldBack = "by a newer version here"
+	HeldBySource  HeldBack = "by another source's row"
 )
 
 // HeldCounts are numbers of objects by what holds them back.
 type HeldCounts struct {
 	ByDelete  int64 `json:"by_delete"`
 	ByVersion int64 `json:"by_version"`
+	BySource  int64 `json:"by_source"`
 }
 
 // Sum is all that is held back.
-func (c HeldCounts) Sum() int64 { return c.ByDelete + c.ByVersion }
+func (c HeldCounts) Sum() int64 { return c.ByDelete + c.ByVersion + c.BySource }
 
 // Counts are numbers of objects by class of drift.
 type Counts struct {

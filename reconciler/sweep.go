@@ -895,6 +895,9 @@ func (w *sweep) found(ctx context.Context, candidates []*candidate) error {
 		if c.verdict.held {
 			c.verdict.drift = Different
 		}
+		if c.verdict.foreign { // this source has no row of it
+			c.verdict.drift = Missing
+		}
 		drifts = append(drifts, w.driftOf(c))
 	}
 	if len(drifts) == 0 {
@@ -908,7 +911,7 @@ func (w *sweep) found(ctx context.Context, candidates []*candidate) error {
 	for i := range drifts {
 		d := &drifts[i]
 		w.report.Drift.add(d.drift)
-		if d.defeated {
+		if d.defeated || d.foreign {
 			w.at.Defeated++
 		}
 		item := Item{Resource: w.table, ID: d.id, Drift: d.drift, EventType: string(d.event.Type), EventID: d.eventID, HeldBack: d.heldBack(), Fields: d.fields}
@@ -917,6 +920,8 @@ func (w *sweep) found(ctx context.Context, candidates []*candidate) error {
 			w.report.HeldBack.ByDelete++
 		case HeldByVersion:
 			w.report.HeldBack.ByVersion++
+		case HeldBySource:
+			w.report.HeldBack.BySource++
 		}
 		if len(w.report.Items) < maxItems {
 			w.report.Items = append(w.report.Items, item)

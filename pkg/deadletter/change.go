@@ -166,7 +166,7 @@ func countTaken(ctx context.Context, db *gorm.DB, entries []Entry, found []held,
 		if read[e.place()] {
 			continue
 		}
-		now, err := Find(ctx, db, e.Handler, e.EventID)
+		now, err := Find(ctx, db, e.Handler, e.Ref())
 		switch {
 		case errors.Is(err, ErrNotFound), err == nil && now.LetterSeq != e.LetterSeq:
 			taken++
@@ -368,18 +368,18 @@ func markDiscarded(ctx context.Context, db *gorm.DB, letters []held) (int, error
 
 // mine is a row that is still what it was when its letter was read. The status stands inside the CASE, so that PostgreSQL takes the
 // key and not the partial index of all that is dead.
-const mine = "handler = ? AND event_id = ? AND CASE WHEN status = 'dead' THEN COALESCE(letter_seq, 0) END = ?"
+const mine = "handler = ? AND source = ? AND event_id = ? AND CASE WHEN status = 'dead' THEN COALESCE(letter_seq, 0) END = ?"
 
 // mark updates the rows of letters that are still what they were. On PostgreSQL it never waits for a lock while it holds one, so
 // that it cannot get into a deadlock with a worker that is writing the same rows: those that are locked are left for the end, one at a time.
 func mark(ctx context.Context, db *gorm.DB, letters []held, set string, args func(held) []any) (int, error) {
 	update, skipping := "UPDATE deliveries SET "+set+" WHERE "+mine, false
 	if db.Name() == "postgres" {
-		update, skipping = "UPDATE deliveries AS d SET "+set+" FROM (SELECT handler, event_id FROM deliveries WHERE "+mine+
-			" FOR UPDATE SKIP LOCKED) AS l WHERE d.handler = l.handler AND d.event_id = l.event_id", true
+		update, skipping = "UPDATE deliveries AS d SET "+set+" FROM (SELECT handler, source, event_id FROM deliveries WHERE "+mine+
+			" FOR UPDATE SKIP LOCKED) AS l WHERE d.handler = l.handler AND d.source = l.source AND d.event_id = l.event_id", true
 	}
 	one := func(tx *gorm.DB, update string, l held) (int, error) {
-		result := tx.Exec(update, append(args(l), l.Handler, l.EventID, int64(l.LetterSeq))...)
+		result := tx.Exec(update, append(args(l), l.Handler, l.Source, l.EventID, int64(l.LetterSeq))...)
 		if result.Error != nil {
 			return 0, fmt.Errorf("mark %s: %w", l.EventID, result.Error)
 		}

@@ -89,8 +89,9 @@ func Put(ctx context.Context, js jetstream.JetStream, r *Record) (uint64, error)
 		}
 	}
 	// With the event's id, since a stream that was made anew counts from one again.
-	msg.Header.Set(stream.HeaderMsgID, fmt.Sprintf("%s:%s:%d:%s", r.Handler, stream.Events, r.Sequence, r.Event.ID))
+	msg.Header.Set(stream.HeaderMsgID, fmt.Sprintf("%s:%s:%d:%s", r.Handler, stream.Events, r.Sequence, r.Event.Ref()))
 	msg.Header.Set(stream.HeaderEventID, r.Event.ID)
+	msg.Header.Set(stream.HeaderSource, r.Event.Source)
 	msg.Header.Set(headerHandler, r.Handler)
 	msg.Header.Set(headerReason, string(r.Reason))
 	msg.Header.Set(headerError, OneLine(r.Error))

@@ -156,9 +156,12 @@ func TestFilterSelectsAndPagesMissNothing(t *testing.T) {
 
 		groups, err := deadletter.Groups(t.Context(), db, deadletter.Filter{Handler: "mirror", Reason: deadletter.HandlerError})
 		require.NoError(t, err)
-		require.Len(t, groups, 1)
+		require.Len(t, groups, 2, "a source each")
+		assert.Equal(t, "staging", groups[1].Source)
+		assert.Equal(t, 1, groups[1].Events)
+		assert.Equal(t, groups[0].Fingerprint, groups[1].Fingerprint)
 		assert.Equal(t, deadletter.Group{
-			Fingerprint: groups[0].Fingerprint, Handler: "mirror", Reason: "handler_error", Events: 7, Users: 6, FirstSeen: moment.Add(time.Second),
+			Source: "clerk", Fingerprint: groups[0].Fingerprint, Handler: "mirror", Reason: "handler_error", Events: 6, Users: 5, FirstSeen: moment.Add(time.Second),
 			LastSeen: moment.Add(time.Hour), ExampleID: "i", Example: "no such thing 7",
 		}, groups[0])
 	})
@@ -172,7 +175,7 @@ func TestGetReadsTheLetterAndSaysWhereItIsGone(t *testing.T) {
 	rows := []row{dead("a", seq), dead("gone", 77), dead("never", 3, func(r *row) { r.LetterSeq = nil }), dead("other", seq)}
 	require.NoError(t, db.Create(&rows).Error)
 
-	e, err := deadletter.Find(t.Context(), db, "mirror", "a")
+	e, err := deadletter.Find(t.Context(), db, "mirror", event.Ref{Source: "clerk", ID: "a"})
 	require.NoError(t, err)
 	r, err := deadletter.Get(t.Context(), js, e)
 	require.NoError(t, err)
@@ -185,12 +188,12 @@ func TestGetReadsTheLetterAndSaysWhereItIsGone(t *testing.T) {
 	assert.Equal(t, stream.Subject(&want), r.Subject)
 
 	for _, id := range []string{"gone", "never", "other"} { // other: the letter is another event's, of a stream made anew
-		e, err := deadletter.Find(t.Context(), db, "mirror", id)
+		e, err := deadletter.Find(t.Context(), db, "mirror", event.Ref{Source: "clerk", ID: id})
 		require.NoError(t, err)
 		_, err = deadletter.Get(t.Context(), js, e)
 		require.ErrorIs(t, err, deadletter.ErrGone, id)
 	}
-	_, err = deadletter.Find(t.Context(), db, "mirror", "unknown")
+	_, err = deadletter.Find(t.Context(), db, "mirror", event.Ref{Source: "clerk", ID: "unknown"})
 	require.ErrorIs(t, err, deadletter.ErrNotFound)
 
 	result, err := deadletter.Replay(t.Context(), js, db, deadletter.Filter{}, replay.Options{StopAt: 1}, nil)

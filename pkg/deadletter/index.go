@@ -6,11 +6,14 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
 
 	"gorm.io/gorm"
+
+	"github.com/usherhq/usher/pkg/event"
 )
 
 // Entry is a dead letter as the delivery log knows it. Its letter may be gone: it is kept for [stream.DeadLetterAge].
@@ -34,7 +37,7 @@ type Entry struct {
 
 // Filter selects dead letters. A zero field selects all; several must all hold.
 type Filter struct {
-	IDs         []string // of events
+	IDs         []string // of events, of any source where Source is empty
 	Handler     string
 	Type        string // user.created, user.*, *.deleted
 	Reason      Reason
@@ -43,6 +46,8 @@ type Filter struct {
 	Source      string
 	Since       time.Time // of the last failure, inclusive
 	Until       time.Time // of the last failure, exclusive
+
+	event *event.Ref
 
 	// through bounds a run to the letters that were there when it began.
 	through uint64
@@ -81,6 +86,9 @@ func (f Filter) dead(ctx context.Context, db *gorm.DB) *gorm.DB {
 	q := db.WithContext(ctx).Table("deliveries").Where("deliveries.status = 'dead' AND deliveries.status <> 'processed'")
 	if len(f.IDs) > 0 {
 		q = q.Where("event_id IN ?", f.IDs)
+	}
+	if f.event != nil {
+		q = q.Where("source = ? AND event_id = ?", f.event.Source, f.event.ID)
 	}
 	for column, value := range map[string]string{
 		"handler": f.Handler, "reason": string(f.Reason), "fingerprint": f.Fingerprint, "user_id": f.User, "source": f.Source,
@@ -121,28 +129,31 @@ var ErrCursor = errors.New("not the cursor of a page")
 
 // place is where a row stands in every listing and every run: it never changes, so a page never repeats or misses one.
 type place struct {
-	receivedAt       time.Time
-	eventID, handler string
+	receivedAt               time.Time
+	eventID, source, handler string
 }
 
 func (p place) cursor() string {
-	return base64.RawURLEncoding.EncodeToString([]byte(p.receivedAt.UTC().Format(time.RFC3339Nano) + " " + p.handler + " " + p.eventID))
+	return base64.RawURLEncoding.EncodeToString([]byte(p.receivedAt.UTC().Format(time.RFC3339Nano) + " " + p.handler + " " + p.source + " " + p.eventID))
 }
 
 func parsePlace(cursor string) (place, error) {
 	text, err := base64.RawURLEncoding.DecodeString(cursor)
-	parts := strings.SplitN(string(text), " ", 3)
-	if err != nil || len(parts) != 3 {
+	parts := strings.SplitN(string(text), " ", 4)
+	if err != nil || len(parts) != 4 {
 		return place{}, fmt.Errorf("%q is %w", cursor, ErrCursor)
 	}
 	at, err := time.Parse(time.RFC3339Nano, parts[0])
 	if err != nil {
 		return place{}, fmt.Errorf("%q is %w", cursor, ErrCursor)
 	}
-	return place{at, parts[2], parts[1]}, nil
+	return place{at, parts[3], parts[2], parts[1]}, nil
 }
 
-func (e Entry) place() place { return place{e.ReceivedAt, e.EventID, e.Handler} }
+// Ref names the event of the letter.
+func (e Entry) Ref() event.Ref { return event.Ref{Source: e.Source, ID: e.EventID} }
+
+func (e Entry) place() place { return place{e.ReceivedAt, e.EventID, e.Source, e.Handler} }
 
 const entryColumns = "event_id, handler, type, source, object_id, user_id, reason, error, fingerprint, attempts, first_failed_at, processed_at, received_at, stream_seq, letter_seq"
 
@@ -155,9 +166,9 @@ func List(ctx context.Context, db *gorm.DB, f Filter, cursor string, limit int) 
 		if err != nil {
 			return nil, "", err
 		}
-		q = q.Where("(received_at, event_id, handler) < (?, ?, ?)", p.receivedAt.UTC(), p.eventID, p.handler)
+		q = q.Where("(received_at, event_id, source, handler) < (?, ?, ?, ?)", p.receivedAt.UTC(), p.eventID, p.source, p.handler)
 	}
-	if err := q.Select(entryColumns).Order("received_at DESC, event_id DESC, handler DESC").Limit(limit + 1).Find(&entries).Error; err != nil {
+	if err := q.Select(entryColumns).Order("received_at DESC, event_id DESC, source DESC, handler DESC").Limit(limit + 1).Find(&entries).Error; err != nil {
 		return nil, "", fmt.Errorf("list dead letters: %w", err)
 	}
 	if len(entries) > limit {
@@ -183,14 +194,31 @@ func Missing(ctx context.Context, db *gorm.DB, f Filter) ([]string, error) {
 	return slices.DeleteFunc(missing, func(id string) bool { return slices.Contains(found, id) }), nil
 }
 
+// Ambiguous returns those of f.IDs that f selects dead letters of in several sources, with these sources.
+func Ambiguous(ctx context.Context, db *gorm.DB, f Filter) (map[string][]string, error) {
+	ids := f.IDs
+	sources := map[string][]string{}
+	for f.IDs = range slices.Chunk(ids, page) {
+		var found []struct{ EventID, Source string }
+		if err := f.dead(ctx, db).Distinct("event_id", "source").Order("event_id, source").Find(&found).Error; err != nil {
+			return nil, fmt.Errorf("find dead letters: %w", err)
+		}
+		for _, e := range found {
+			sources[e.EventID] = append(sources[e.EventID], e.Source)
+		}
+	}
+	maps.DeleteFunc(sources, func(_ string, of []string) bool { return len(of) < 2 })
+	return sources, nil
+}
+
 // after returns the page that follows in a run, the oldest event first.
 func after(ctx context.Context, db *gorm.DB, f Filter, p place, limit int) ([]Entry, error) {
 	q := f.dead(ctx, db)
 	if p != (place{}) {
-		q = q.Where("(received_at, event_id, handler) > (?, ?, ?)", p.receivedAt.UTC(), p.eventID, p.handler)
+		q = q.Where("(received_at, event_id, source, handler) > (?, ?, ?, ?)", p.receivedAt.UTC(), p.eventID, p.source, p.handler)
 	}
 	var entries []Entry
-	if err := q.Select(entryColumns).Order("received_at, event_id, handler").Limit(limit).Find(&entries).Error; err != nil {
+	if err := q.Select(entryColumns).Order("received_at, event_id, source, handler").Limit(limit).Find(&entries).Error; err != nil {
 		return nil, fmt.Errorf("list dead letters: %w", err)
 	}
 	inUTC(entries)
@@ -227,27 +255,29 @@ func total(ctx context.Context, db *gorm.DB, f Filter) (int, uint64, error) {
 	return found.N, found.Newest, nil
 }
 
-// Count is how many dead letters a handler has of a type and a reason.
+// Count is how many dead letters of a source a handler has of a type and a reason.
 type Count struct {
+	Source  string `json:"source"`
 	Handler string `json:"handler"`
 	Type    string `json:"type"`
 	Reason  Reason `json:"reason"`
 	Events  int    `json:"events"`
 }
 
-// Counts counts by handler, type and reason, the most first.
+// Counts counts by source, handler, type and reason, the most first.
 func Counts(ctx context.Context, db *gorm.DB, f Filter) ([]Count, error) {
 	counts := []Count{}
-	err := f.dead(ctx, db).Select("handler, type, reason, count(*) AS events").Group("handler, type, reason").
-		Order("events DESC, handler, type, reason").Find(&counts).Error
+	err := f.dead(ctx, db).Select("source, handler, type, reason, count(*) AS events").Group("source, handler, type, reason").
+		Order("events DESC, source, handler, type, reason").Find(&counts).Error
 	if err != nil {
 		return nil, fmt.Errorf("count dead letters: %w", err)
 	}
 	return counts, nil
 }
 
-// Group is what the dead letters of one kind of failure have in common.
+// Group is what the dead letters of one kind of failure of one source have in common.
 type Group struct {
+	Source      string    `json:"source"`
 	Fingerprint string    `json:"fingerprint"`
 	Handler     string    `json:"handler"`
 	Reason      Reason    `json:"reason"`
@@ -259,26 +289,26 @@ type Group struct {
 	Example     string    `json:"example"`    // its error
 }
 
-// Groups groups by fingerprint, the largest first.
+// Groups groups by source and fingerprint, the largest first.
 func Groups(ctx context.Context, db *gorm.DB, f Filter) ([]Group, error) {
 	// Times are read as columns of a table: SQLite gives a computed one no type.
-	grouped := f.dead(ctx, db).Select(`handler, reason, fingerprint, count(*) AS events, count(DISTINCT user_id) AS users,
+	grouped := f.dead(ctx, db).Select(`source, handler, reason, fingerprint, count(*) AS events, count(DISTINCT user_id) AS users,
 		min(COALESCE(first_failed_at, processed_at, received_at)) AS first_seen, max(COALESCE(processed_at, received_at)) AS last_seen,
-		max(event_id) AS example_id`).Group("handler, reason, fingerprint")
+		max(event_id) AS example_id`).Group("source, handler, reason, fingerprint")
 	var rows []struct {
-		Fingerprint, Handler, ExampleID, Example string
-		Reason                                   Reason
-		Events, Users                            int
-		FirstSeen, LastSeen                      clock
+		Source, Fingerprint, Handler, ExampleID, Example string
+		Reason                                           Reason
+		Events, Users                                    int
+		FirstSeen, LastSeen                              clock
 	}
-	err := db.WithContext(ctx).Table("(?) AS g", grouped).Joins("JOIN deliveries AS d ON d.handler = g.handler AND d.event_id = g.example_id").
-		Select("g.*, d.error AS example").Order("g.events DESC, g.handler, g.fingerprint").Find(&rows).Error
+	err := db.WithContext(ctx).Table("(?) AS g", grouped).Joins("JOIN deliveries AS d ON d.handler = g.handler AND d.source = g.source AND d.event_id = g.example_id").
+		Select("g.*, d.error AS example").Order("g.events DESC, g.source, g.handler, g.fingerprint").Find(&rows).Error
 	if err != nil {
 		return nil, fmt.Errorf("group dead letters: %w", err)
 	}
 	groups := make([]Group, len(rows))
 	for i, r := range rows {
-		groups[i] = Group{r.Fingerprint, r.Handler, r.Reason, r.Events, r.Users, r.FirstSeen.Time, r.LastSeen.Time, r.ExampleID, r.Example}
+		groups[i] = Group{r.Source, r.Fingerprint, r.Handler, r.Reason, r.Events, r.Users, r.FirstSeen.Time, r.LastSeen.Time, r.ExampleID, r.Example}
 	}
 	return groups, nil
 }

@@ -21,8 +21,8 @@ var ErrNotFound = errors.New("no such dead letter")
 var ErrGone = errors.New("the letter is gone: it was older than 90 days, or the stream was made anew")
 
 // Find returns what the log says of an event's dead letter at a handler, or [ErrNotFound].
-func Find(ctx context.Context, db *gorm.DB, handler, eventID string) (Entry, error) {
-	entries, err := after(ctx, db, Filter{Handler: handler, IDs: []string{eventID}}, place{}, 1)
+func Find(ctx context.Context, db *gorm.DB, handler string, e event.Ref) (Entry, error) {
+	entries, err := after(ctx, db, Filter{Handler: handler, event: &e}, place{}, 1)
 	if err != nil {
 		return Entry{}, err
 	}
@@ -69,7 +69,7 @@ func read(ctx context.Context, s jetstream.Stream, e Entry) (*jetstream.RawStrea
 	if err != nil {
 		return nil, fmt.Errorf("read dead letter %d: %w", e.LetterSeq, err)
 	}
-	if msg.Header.Get(stream.HeaderEventID) != e.EventID || msg.Header.Get(headerHandler) != e.Handler { // a stream that was made anew
+	if msg.Header.Get(stream.HeaderEventID) != e.EventID || msg.Header.Get(stream.HeaderSource) != e.Source || msg.Header.Get(headerHandler) != e.Handler { // a stream that was made anew
 		return nil, ErrGone
 	}
 	return msg, nil

@@ -9,6 +9,8 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 	"gorm.io/gorm"
 	"gorm.io/gorm/clause"
+
+	"github.com/usherhq/usher/pkg/event"
 )
 
 // Sweeper makes the letters and their index agree again after a crash, or after one of the two was restored from a backup. A
@@ -134,33 +136,40 @@ func next(ctx context.Context, iter jetstream.MessagesContext) (jetstream.Msg, e
 
 // known is what the log says of a letter's event at its handler.
 type known struct {
-	Handler, EventID, Status string
-	StreamSeq                uint64
-	LetterSeq                uint64
-	ReplayID                 string
-	ProcessedAt              time.Time
+	Handler, Source, EventID, Status string
+	StreamSeq                        uint64
+	LetterSeq                        uint64
+	ReplayID                         string
+	ProcessedAt                      time.Time
+}
+
+// letterKey is what a row of the log is found by.
+type letterKey struct {
+	handler string
+	event   event.Ref
 }
 
 func (s *Sweeper) compare(ctx context.Context, dlq jetstream.Stream, heads []head, swept *Swept) error {
-	rows := map[string]map[string]known{}
-	ids := map[string][]string{}
+	rows := map[letterKey]known{}
+	type owner struct{ handler, source string }
+	ids := map[owner][]string{}
 	for _, h := range heads {
-		ids[h.Handler] = append(ids[h.Handler], h.Event.ID)
+		of := owner{h.Handler, h.Event.Source}
+		ids[of] = append(ids[of], h.Event.ID)
 	}
-	for handler, list := range ids {
+	for of, list := range ids {
 		var found []known
-		err := s.db.WithContext(ctx).Table("deliveries").Where("handler = ? AND event_id IN ?", handler, list).
-			Select("handler, event_id, status, stream_seq, letter_seq, replay_id, processed_at").Find(&found).Error
+		err := s.db.WithContext(ctx).Table("deliveries").Where("handler = ? AND source = ? AND event_id IN ?", of.handler, of.source, list).
+			Select("handler, source, event_id, status, stream_seq, letter_seq, replay_id, processed_at").Find(&found).Error
 		if err != nil {
 			return fmt.Errorf("look up dead letters: %w", err)
 		}
-		rows[handler] = map[string]known{}
 		for _, k := range found {
-			rows[handler][k.EventID] = k
+			rows[letterKey{k.Handler, event.Ref{Source: k.Source, ID: k.EventID}}] = k
 		}
 	}
 	for _, h := range heads {
-		row, exists := rows[h.Handler][h.Event.ID]
+		row, exists := rows[letterKey{h.Handler, h.Event.Ref()}]
 		verdict := judge(h, row, exists)
 		if h.young {
 			s.young = s.young || verdict != right
@@ -234,7 +243,7 @@ func (s *Sweeper) index(ctx context.Context, dlq jetstream.Stream, h head, row k
 		e.ReceivedAt = msg.Time
 	}
 	values := map[string]any{
-		"type": string(e.Type), "source": e.Source, "origin": string(e.Origin), "object_id": null(e.Object.ID), "user_id": null(e.Object.UserID),
+		"type": string(e.Type), "origin": string(e.Origin), "object_id": null(e.Object.ID), "user_id": null(e.Object.UserID),
 		"status": "dead", "attempts": r.Attempts, "received_at": e.ReceivedAt.UTC(), "processed_at": msg.Time.UTC(), "error": null(r.Error),
 		"reason": null(string(r.Reason)), "stream_seq": int64(r.Sequence), "fingerprint": Fingerprint(r.Handler, r.Reason, r.Error),
 		"letter_seq": int64(h.seq), "replay_id": null(e.ReplayID), "next_attempt_at": nil, "first_failed_at": nil,
@@ -247,14 +256,14 @@ func (s *Sweeper) index(ctx context.Context, dlq jetstream.Stream, h head, row k
 	}
 	db := s.db.WithContext(ctx)
 	if exists {
-		result := db.Table("deliveries").Where("handler = ? AND event_id = ? AND status = ? AND COALESCE(stream_seq, 0) = ? AND COALESCE(letter_seq, 0) = ?",
-			row.Handler, row.EventID, row.Status, int64(row.StreamSeq), int64(row.LetterSeq)).Updates(values)
+		result := db.Table("deliveries").Where("handler = ? AND source = ? AND event_id = ? AND status = ? AND COALESCE(stream_seq, 0) = ? AND COALESCE(letter_seq, 0) = ?",
+			row.Handler, row.Source, row.EventID, row.Status, int64(row.StreamSeq), int64(row.LetterSeq)).Updates(values)
 		if result.Error != nil {
 			return 0, fmt.Errorf("index dead letter %d: %w", h.seq, result.Error)
 		}
 		return int(result.RowsAffected), nil
 	}
-	values["handler"], values["event_id"] = r.Handler, e.ID
+	values["handler"], values["source"], values["event_id"] = r.Handler, e.Source, e.ID
 	result := db.Table("deliveries").Clauses(clause.OnConflict{DoNothing: true}).Create(values)
 	if result.Error != nil {
 		return 0, fmt.Errorf("index dead letter %d: %w", h.seq, result.Error)

@@ -109,6 +109,15 @@ func (r Ref) Compare(o Ref) int {
 // String is the ref as logs and publish ids have it. No source's name holds a colon.
 func (r Ref) String() string { return r.Source + ":" + r.ID }
 
+// BySource groups ids by their source, of which there are few.
+func BySource(refs []Ref) map[string][]string {
+	ids := map[string][]string{}
+	for _, r := range refs {
+		ids[r.Source] = append(ids[r.Source], r.ID)
+	}
+	return ids
+}
+
 // Ref is what tells the event from all others.
 func (e *Event) Ref() Ref { return Ref{e.Source, e.ID} }
 

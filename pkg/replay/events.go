@@ -11,6 +11,7 @@ import (
 
 	"github.com/nats-io/nats.go/jetstream"
 
+	"github.com/usherhq/usher/pkg/event"
 	"github.com/usherhq/usher/pkg/stream"
 )
 
@@ -138,7 +139,7 @@ func countFrom(ctx context.Context, js jetstream.JetStream, subjects []string, s
 	return int(info.NumPending), nil
 }
 
-// id names the replay of one event, which is told from others by its sequence or its own id.
+// id names the replay of one event, which is told from others by its sequence or its own name.
 func (s Selection) id(event any) string {
 	return fmt.Sprintf("run:%s:%s:%v", s.RunID, s.Handler, event)
 }
@@ -209,17 +210,17 @@ func (r *Run) give(ctx context.Context, sel Selection, items []Item) error {
 
 // compare looks the items up in the log and notes what is to be done with each.
 func (r *Run) compare(ctx context.Context, sel Selection, items []Item) error {
-	at := make(map[string]int, len(items))
-	ids := make([]string, len(items))
+	at := make(map[event.Ref]int, len(items))
+	events := make([]event.Ref, len(items))
 	for i, item := range items {
-		at[item.EventID], ids[i] = i, item.EventID
+		at[item.Event], events[i] = i, item.Event
 	}
-	rows, err := r.rows(ctx, sel.Handler, ids)
+	rows, err := r.rows(ctx, sel.Handler, events)
 	if err != nil {
 		return err
 	}
 	for _, row := range rows {
-		item := &items[at[row.EventID]]
+		item := &items[at[row.ref()]]
 		item.seen = row.writtenAt()
 		switch {
 		case row.Status == "discarded" && !sel.Discarded:
@@ -272,8 +273,8 @@ func take(ctx context.Context, s jetstream.Stream, sel Selection, next []*jetstr
 
 // Place is where an event lies in the stream.
 type Place struct {
-	EventID string
-	Seq     uint64
+	Source, EventID string
+	Seq             uint64
 }
 
 // Each publishes single events, with a window of at most [PageBytes] in memory; those that are not kept any more are counted.
@@ -300,11 +301,11 @@ func (r *Run) Each(ctx context.Context, s jetstream.Stream, sel Selection, place
 				return gone, fmt.Errorf("read event %s: %w", place.EventID, err)
 			}
 			item := sel.item(msg)
-			if item.EventID != place.EventID { // a stream that was made anew
+			if item.Event != (event.Ref{Source: place.Source, ID: place.EventID}) { // a stream that was made anew
 				gone++
 				continue
 			}
-			item.name(sel.id(item.EventID)) // what lies there may be a replay, and another one later
+			item.name(sel.id(item.Event)) // what lies there may be a replay, and another one later
 			items, held = append(items, item), held+len(msg.Data)
 		}
 		if err := r.give(ctx, sel, items); err != nil {

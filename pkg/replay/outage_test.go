@@ -13,6 +13,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/usherhq/usher/pkg/dbtest"
+	"github.com/usherhq/usher/pkg/event"
 	"github.com/usherhq/usher/pkg/natstest"
 	"github.com/usherhq/usher/pkg/replay"
 )
@@ -74,7 +75,7 @@ func TestARunWhoseBrokerIsGoneSaysSo(t *testing.T) {
 	_, js := server.Setup()
 	server.Stop()
 	run := replay.New(js, db, replay.Options{StopAt: 1, Outage: replay.Outage{Limit: 200 * time.Millisecond}})
-	stored, err := run.Publish(t.Context(), []replay.Item{{Handler: "mirror", EventID: "msg_1", ID: "x", Message: &nats.Msg{Subject: "clerk.replay.mirror.x"}}})
+	stored, err := run.Publish(t.Context(), []replay.Item{{Handler: "mirror", Event: event.Ref{Source: "clerk", ID: "msg_1"}, ID: "x", Message: &nats.Msg{Subject: "clerk.replay.mirror.x"}}})
 	assert.Empty(t, stored)
 	require.ErrorIs(t, err, replay.ErrAway)
 	assert.NotContains(t, err.Error(), "outbound buffer")

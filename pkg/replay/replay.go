@@ -35,7 +35,7 @@ var kept = []string{
 // Item is one event for one handler.
 type Item struct {
 	Handler string
-	EventID string
+	Event   event.Ref
 	ID      string // of the replay: the same for every attempt at it, and never that of another
 	Message *nats.Msg
 
@@ -84,7 +84,7 @@ func NewItem(handler, id string, stored *jetstream.RawStreamMsg) Item {
 	if first := firstSequence(stored); first != "" {
 		msg.Header.Set(stream.HeaderFirstSequence, first)
 	}
-	item := Item{Handler: handler, EventID: e.ID, Message: msg}
+	item := Item{Handler: handler, Event: e.Ref(), Message: msg}
 	item.name(id)
 	return item
 }
@@ -187,7 +187,10 @@ type Run struct {
 	moved    time.Time     // when the last outcome was seen, or the last event published
 }
 
-type key struct{ handler, event string }
+type key struct {
+	handler string
+	event   event.Ref
+}
 
 // watch is what an outcome is known by.
 type watch struct {
@@ -264,7 +267,7 @@ func (r *Run) Publish(ctx context.Context, items []Item) ([]Item, error) {
 
 func (r *Run) watch(item Item) {
 	if r.watching() {
-		r.open[key{item.Handler, item.EventID}] = watch{item.ID, item.seq, item.known, item.seen}
+		r.open[key{item.Handler, item.Event}] = watch{item.ID, item.seq, item.known, item.seen}
 	}
 }
 
@@ -277,7 +280,7 @@ func (r *Run) publish(ctx context.Context, items []Item, unsure map[string]bool)
 		}
 		future, err := r.js.PublishMsgAsync(item.Message)
 		if err != nil {
-			first = fmt.Errorf("replay %s: %w", item.EventID, Explain(err))
+			first = fmt.Errorf("replay %s: %w", item.Event.ID, Explain(err))
 			break
 		}
 		futures = append(futures, future)
@@ -293,7 +296,7 @@ func (r *Run) publish(ctx context.Context, items []Item, unsure map[string]bool)
 		case err := <-future.Err():
 			rest, unsure[items[i].ID] = append(rest, items[i]), true
 			if first == nil {
-				first = fmt.Errorf("replay %s: %w", items[i].EventID, Explain(err))
+				first = fmt.Errorf("replay %s: %w", items[i].Event.ID, Explain(err))
 			}
 		}
 	}
@@ -388,12 +391,14 @@ func (r *Run) stalled(ctx context.Context) error {
 
 // row is what the delivery log says of an event at a handler.
 type row struct {
-	EventID, Status string
-	Attempts        int
-	ReplayID        *string
-	StreamSeq       *uint64
-	ProcessedAt     *time.Time
+	Source, EventID, Status string
+	Attempts                int
+	ReplayID                *string
+	StreamSeq               *uint64
+	ProcessedAt             *time.Time
 }
+
+func (r row) ref() event.Ref { return event.Ref{Source: r.Source, ID: r.EventID} }
 
 func (r row) replayID() string {
 	if r.ReplayID == nil {
@@ -417,31 +422,35 @@ func (r row) seq() uint64 {
 }
 
 // rows looks events up in the log of a handler.
-func (r *Run) rows(ctx context.Context, handler string, ids []string) ([]row, error) {
+func (r *Run) rows(ctx context.Context, handler string, events []event.Ref) ([]row, error) {
 	var rows []row
-	err := r.db.WithContext(ctx).Table("deliveries").Where("handler = ? AND event_id IN ?", handler, ids).
-		Select("event_id, status, attempts, replay_id, stream_seq, processed_at").Find(&rows).Error
-	if err != nil {
-		return nil, fmt.Errorf("look what became of replays: %w", err)
+	for source, ids := range event.BySource(events) {
+		var part []row
+		err := r.db.WithContext(ctx).Table("deliveries").Where("handler = ? AND source = ? AND event_id IN ?", handler, source, ids).
+			Select("source, event_id, status, attempts, replay_id, stream_seq, processed_at").Find(&part).Error
+		if err != nil {
+			return nil, fmt.Errorf("look what became of replays: %w", err)
+		}
+		rows = append(rows, part...)
 	}
 	return rows, nil
 }
 
 // look finds outcomes and returns how many are new.
 func (r *Run) look(ctx context.Context) (int, error) {
-	byHandler := map[string][]string{}
+	byHandler := map[string][]event.Ref{}
 	for k := range r.open {
 		byHandler[k.handler] = append(byHandler[k.handler], k.event)
 	}
 	before := len(r.open)
-	for handler, ids := range byHandler {
-		for part := range slices.Chunk(ids, maxWindow) {
+	for handler, events := range byHandler {
+		for part := range slices.Chunk(events, maxWindow) {
 			rows, err := r.rows(ctx, handler, part)
 			if err != nil {
 				return 0, err
 			}
 			for _, row := range rows {
-				k := key{handler, row.EventID}
+				k := key{handler, row.ref()}
 				switch r.open[k].outcome(row) {
 				case applied:
 					r.progress.Applied++

@@ -168,7 +168,7 @@ func TestLargeEventsAreHeldAFewAtATime(t *testing.T) {
 		e.ID, e.Source, e.ReceivedAt = fmt.Sprint("msg_", i), "clerk", time.Now()
 		ack, err := js.PublishMsg(t.Context(), stream.Message(&e))
 		require.NoError(t, err)
-		places[i] = replay.Place{EventID: e.ID, Seq: ack.Sequence}
+		places[i] = replay.Place{Source: e.Source, EventID: e.ID, Seq: ack.Sequence}
 	}
 	s, err := js.Stream(t.Context(), stream.Events)
 	require.NoError(t, err)
@@ -201,7 +201,7 @@ func logged(t *testing.T, db *gorm.DB, event, status, replayID string, attempts 
 		id = replayID
 	}
 	require.NoError(t, db.Exec(`INSERT INTO deliveries (handler, event_id, type, source, origin, status, attempts, received_at, processed_at, stream_seq, replay_id)
-		VALUES ('mirror', ?, 'user.created', 'clerk', 'webhook', ?, ?, ?, ?, ?, ?) ON CONFLICT (handler, event_id) DO UPDATE SET status = excluded.status,
+		VALUES ('mirror', ?, 'user.created', 'clerk', 'webhook', ?, ?, ?, ?, ?, ?) ON CONFLICT (handler, source, event_id) DO UPDATE SET status = excluded.status,
 		attempts = excluded.attempts, processed_at = excluded.processed_at, stream_seq = excluded.stream_seq, replay_id = excluded.replay_id`,
 		event, status, attempts, at.UTC(), at.UTC(), seq, id).Error)
 }

@@ -191,18 +191,18 @@ func (p *Publisher) collect(first *item) []*item {
 // commit stores one group and answers every item of it.
 func (p *Publisher) commit(group []*item) {
 	var todo, again []*item // one an id, in order
-	followers := map[string][]*item{}
+	followers := map[event.Ref][]*item{}
 	for _, it := range group {
 		switch {
 		case it.ctx.Err() != nil: // its caller has gone: do not store for nobody
 			it.done <- result{err: fmt.Errorf("publish %s: %w", it.event.ID, classify(it.ctx.Err()))}
 		default:
-			if _, seen := followers[it.event.ID]; seen {
-				followers[it.event.ID] = append(followers[it.event.ID], it)
+			if _, seen := followers[it.event.Ref()]; seen {
+				followers[it.event.Ref()] = append(followers[it.event.Ref()], it)
 				continue
 			}
-			followers[it.event.ID] = nil
-			if p.recent.has(it.event.ID) {
+			followers[it.event.Ref()] = nil
+			if p.recent.has(it.event.Ref()) {
 				again = append(again, it)
 			} else {
 				todo = append(todo, it)
@@ -211,10 +211,10 @@ func (p *Publisher) commit(group []*item) {
 	}
 	answer := func(it *item, r result) {
 		if r.err == nil {
-			p.recent.add(it.event.ID)
+			p.recent.add(it.event.Ref())
 		}
 		it.done <- r
-		for _, f := range followers[it.event.ID] {
+		for _, f := range followers[it.event.Ref()] {
 			if r.err == nil {
 				r.ack.Duplicate = true
 			}
@@ -329,17 +329,17 @@ func classify(err error) error {
 // than age.
 type recent struct {
 	mu       sync.Mutex
-	new, old map[string]struct{}
+	new, old map[event.Ref]struct{}
 	size     int
 	age      time.Duration
 	turned   time.Time
 }
 
 func newRecent(size int, age time.Duration) *recent {
-	return &recent{new: map[string]struct{}{}, old: map[string]struct{}{}, size: size, age: age, turned: time.Now()}
+	return &recent{new: map[event.Ref]struct{}{}, old: map[event.Ref]struct{}{}, size: size, age: age, turned: time.Now()}
 }
 
-func (r *recent) has(id string) bool {
+func (r *recent) has(id event.Ref) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.turn()
@@ -348,7 +348,7 @@ func (r *recent) has(id string) bool {
 	return isNew || isOld
 }
 
-func (r *recent) add(id string) {
+func (r *recent) add(id event.Ref) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.turn()
@@ -357,6 +357,6 @@ func (r *recent) add(id string) {
 
 func (r *recent) turn() {
 	if len(r.new) >= r.size || time.Since(r.turned) > r.age {
-		r.old, r.new, r.turned = r.new, map[string]struct{}{}, time.Now()
+		r.old, r.new, r.turned = r.new, map[event.Ref]struct{}{}, time.Now()
 	}
 }

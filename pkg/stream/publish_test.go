@@ -62,7 +62,7 @@ func ids(t *testing.T, js jetstream.JetStream) map[string]int {
 	for seq := uint64(1); seq <= s.CachedInfo().State.LastSeq; seq++ {
 		m, err := s.GetMsg(t.Context(), seq)
 		require.NoError(t, err)
-		found[m.Header.Get(stream.HeaderMsgID)]++
+		found[m.Header.Get(stream.HeaderEventID)]++
 	}
 	return found
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -79,8 +80,8 @@ func (c *cli) dlqList() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "list",
 		Short: "List dead letters, newest event first; or count or group them",
-		Long: "list reads the delivery log and no letter, so it is quick at any number. --count counts by handler, type and reason; --group puts\n" +
-			"together what failed in the same way (same handler and reason, and an error that differs only in ids and numbers).\n" +
+		Long: "list reads the delivery log and no letter, so it is quick at any number. --count counts by source, handler, type and reason; --group puts\n" +
+			"together what failed in the same way (same source, handler and reason, and an error that differs only in ids and numbers).\n" +
 			"Both have no pages: all is shown, or as many as --limit says.",
 		Example: "  usher dlq list --group\n  usher dlq list --type 'user.*' --since 24h --output json",
 		Args:    cobra.NoArgs,
@@ -115,22 +116,22 @@ func (c *cli) dlqList() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				return printSome(c, p, counts, []string{"events", "handler", "type", "reason"}, func(n deadletter.Count) []string {
-					return []string{strconv.Itoa(n.Events), n.Handler, typeText(n.Type), string(n.Reason)}
+				return printSome(c, p, counts, []string{"events", "source", "handler", "type", "reason"}, func(n deadletter.Count) []string {
+					return []string{strconv.Itoa(n.Events), n.Source, n.Handler, typeText(n.Type), string(n.Reason)}
 				})
 			case grouped:
 				groups, err := deadletter.Groups(cmd.Context(), db, f)
 				if err != nil {
 					return err
 				}
-				header := []string{"events", "users", "handler", "reason", "fingerprint", "first seen", "last seen", "for example"}
+				header := []string{"events", "users", "source", "handler", "reason", "fingerprint", "first seen", "last seen", "for example"}
 				return printSome(c, p, groups, header, func(g deadletter.Group) []string {
-					return []string{strconv.Itoa(g.Events), strconv.Itoa(g.Users), g.Handler, string(g.Reason), g.Fingerprint, timeText(g.FirstSeen), timeText(g.LastSeen), short(g.Example)}
+					return []string{strconv.Itoa(g.Events), strconv.Itoa(g.Users), g.Source, g.Handler, string(g.Reason), g.Fingerprint, timeText(g.FirstSeen), timeText(g.LastSeen), short(g.Example)}
 				})
 			default:
-				header := []string{"received", "id", "type", "handler", "reason", "attempts", "error"}
+				header := []string{"received", "id", "type", "source", "handler", "reason", "attempts", "error"}
 				row := func(e deadletter.Entry) []string {
-					return []string{timeText(e.ReceivedAt), e.EventID, typeText(e.Type), e.Handler, string(e.Reason), strconv.Itoa(e.Attempts), short(e.Error)}
+					return []string{timeText(e.ReceivedAt), e.EventID, typeText(e.Type), e.Source, e.Handler, string(e.Reason), strconv.Itoa(e.Attempts), short(e.Error)}
 				}
 				return printPages(c, p, header, row, func(cursor string, limit int) (listing[deadletter.Entry], error) {
 					entries, next, err := deadletter.List(cmd.Context(), db, f, cursor, limit)
@@ -145,7 +146,7 @@ func (c *cli) dlqList() *cobra.Command {
 	flags.addFlags(cmd)
 	f := cmd.Flags()
 	f.BoolVar(&grouped, "group", false, "group by kind of failure")
-	f.BoolVar(&num, "count", false, "count by handler, type and reason")
+	f.BoolVar(&num, "count", false, "count by source, handler, type and reason")
 	p.addFlags(cmd, "dead letters")
 	return cmd
 }
@@ -168,7 +169,7 @@ type shownLetter struct {
 }
 
 func (c *cli) dlqShow() *cobra.Command {
-	var handler string
+	var f deadletter.Filter
 	var o output
 	cmd := &cobra.Command{
 		Use:   "show ID",
@@ -178,7 +179,7 @@ func (c *cli) dlqShow() *cobra.Command {
 		Example: "  usher dlq show msg_2g7np7Hrk0SN6kj5EDMLDaKNL0S\n  usher dlq show msg_… --handler mirror --output json | jq .error",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			letter, err := c.showLetter(cmd.Context(), args[0], handler)
+			letter, err := c.showLetter(cmd.Context(), args[0], f)
 			if errors.Is(err, deadletter.ErrNotFound) {
 				c.say("There is no dead letter of %s; `usher events show %s` tells what became of it.", args[0], args[0])
 				return errNo
@@ -192,12 +193,13 @@ func (c *cli) dlqShow() *cobra.Command {
 			return printLetter(c.env.Stdout, letter)
 		},
 	}
-	cmd.Flags().StringVar(&handler, "handler", "", "the handler that gave it up, where there are several")
+	cmd.Flags().StringVar(&f.Handler, "handler", "", "the handler that gave it up, where there are several")
+	cmd.Flags().StringVar(&f.Source, "source", "", "the event's source, where several have an event of this id")
 	outputFlag(cmd, &o)
 	return cmd
 }
 
-func (c *cli) showLetter(ctx context.Context, id, handler string) (shownLetter, error) {
+func (c *cli) showLetter(ctx context.Context, id string, f deadletter.Filter) (shownLetter, error) {
 	var letter shownLetter
 	r, err := c.reach()
 	if err != nil {
@@ -208,12 +210,16 @@ func (c *cli) showLetter(ctx context.Context, id, handler string) (shownLetter, 
 	if err != nil {
 		return letter, err
 	}
-	entries, _, err := deadletter.List(ctx, db, deadletter.Filter{IDs: []string{id}, Handler: handler}, "", maxLimit)
+	f.IDs = []string{id}
+	if err := oneSource(ctx, db, f); err != nil {
+		return letter, err
+	}
+	entries, _, err := deadletter.List(ctx, db, f, "", maxLimit)
 	if err != nil {
 		return letter, err
 	}
 	if len(entries) == 0 {
-		if err := r.checkHandler(ctx, db, handler); err != nil {
+		if err := r.checkHandler(ctx, db, f.Handler); err != nil {
 			return letter, err
 		}
 		return letter, deadletter.ErrNotFound
@@ -354,6 +360,9 @@ func (c *cli) changeLetters(ctx context.Context, ids []string, flags *letterFlag
 	if err != nil {
 		return err
 	}
+	if err := oneSource(ctx, l.db, f); err != nil {
+		return err
+	}
 	if len(unknown) > 0 {
 		c.say("No such dead letter: %s", strings.Join(unknown, " "))
 	}
@@ -370,6 +379,23 @@ func (c *cli) changeLetters(ctx context.Context, ids []string, flags *letterFlag
 		err = errNo
 	}
 	return err
+}
+
+// oneSource returns an error where an id names dead letters of several sources and the filter no source.
+func oneSource(ctx context.Context, db *gorm.DB, f deadletter.Filter) error {
+	several, err := deadletter.Ambiguous(ctx, db, f)
+	if err != nil {
+		return err
+	}
+	for _, id := range slices.Sorted(maps.Keys(several)) {
+		return severalSources(id, several[id])
+	}
+	return nil
+}
+
+// severalSources is the error of an id that does not say which event is meant.
+func severalSources(id string, sources []string) error {
+	return fmt.Errorf("several sources have an event %s: name one with --source (%s)", id, strings.Join(sources, ", "))
 }
 
 func (c *cli) replayLetters(ctx context.Context, l *letterChange) error {

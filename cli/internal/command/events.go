@@ -40,6 +40,7 @@ func (c *cli) events() *cobra.Command {
 
 // delivery is what became of an event at one handler.
 type delivery struct {
+	Source      string     `json:"-"`
 	EventID     string     `json:"-"`
 	Handler     string     `json:"handler"`
 	Status      string     `json:"status"`
@@ -61,6 +62,8 @@ type Head struct {
 	ReceivedAt time.Time `json:"received_at"`
 	StreamSeq  uint64    `json:"stream_seq"`
 }
+
+func (h *Head) ref() event.Ref { return event.Ref{Source: h.Source, ID: h.ID} }
 
 type listedEvent struct {
 	Head       `gorm:"embedded"`
@@ -133,9 +136,9 @@ func (c *cli) listEvents(ctx context.Context, o listOptions) error {
 		for _, d := range e.Deliveries {
 			became = append(became, d.Handler+"="+d.Status)
 		}
-		return []string{timeText(e.ReceivedAt), e.ID, typeText(e.Type), cmp.Or(e.UserID, "-"), e.Origin, strings.Join(became, " ")}
+		return []string{timeText(e.ReceivedAt), e.ID, typeText(e.Type), cmp.Or(e.UserID, "-"), e.Source, e.Origin, strings.Join(became, " ")}
 	}
-	return printPages(c, o.paging, []string{"received", "id", "type", "user", "origin", "deliveries"}, row, func(cursor string, limit int) (list listing[listedEvent], err error) {
+	return printPages(c, o.paging, []string{"received", "id", "type", "user", "source", "origin", "deliveries"}, row, func(cursor string, limit int) (list listing[listedEvent], err error) {
 		o.cursor, o.limit = cursor, limit
 		// One snapshot, so that an event and its deliveries fit together.
 		err = database.InReadTx(ctx, db, func(tx *gorm.DB) error {
@@ -146,7 +149,7 @@ func (c *cli) listEvents(ctx context.Context, o listOptions) error {
 	})
 }
 
-// findEvents finds one page: events below the cursor in the order (received_at, event_id) downwards, one row more to
+// findEvents finds one page: events below the cursor in the order (received_at, event_id, source) downwards, one row more to
 // know whether a next page exists.
 func findEvents(tx *gorm.DB, o listOptions) (listing[listedEvent], error) {
 	var list listing[listedEvent]
@@ -161,20 +164,20 @@ func findEvents(tx *gorm.DB, o listOptions) (listing[listedEvent], error) {
 		q = q.Where("received_at >= ?", o.since.at.UTC())
 	}
 	if o.cursor != "" {
-		at, id, err := parseCursor(o.cursor)
+		at, source, id, err := parseCursor(o.cursor)
 		if err != nil {
 			return list, err
 		}
-		q = q.Where("(received_at, event_id) < (?, ?)", at, id)
+		q = q.Where("(received_at, event_id, source) < (?, ?, ?)", at, id, source)
 	}
-	err := q.Select(headColumns).Order("received_at DESC, event_id DESC").Limit(o.limit + 1).Find(&list.Items).Error
+	err := q.Select(headColumns).Order("received_at DESC, event_id DESC, source DESC").Limit(o.limit + 1).Find(&list.Items).Error
 	if err != nil {
 		return list, fmt.Errorf("list events: %w", err)
 	}
 	if len(list.Items) > o.limit {
 		list.Items = list.Items[:o.limit]
 		last := list.Items[o.limit-1]
-		list.Next = newCursor(last.ReceivedAt, last.ID)
+		list.Next = newCursor(last.ReceivedAt, last.Source, last.ID)
 	}
 	return list, addDeliveries(tx, list.Items)
 }
@@ -205,12 +208,12 @@ func (o *listOptions) whereStatus(q *gorm.DB) *gorm.DB {
 		q = q.Where("status = 'processed'")
 		if o.handler == "" { // by every handler that had it in hand
 			q = q.Where(`NOT EXISTS (SELECT 1 FROM deliveries AS d
-				WHERE d.received_at = deliveries.received_at AND d.event_id = deliveries.event_id AND d.status <> 'processed')`)
+				WHERE d.received_at = deliveries.received_at AND d.source = deliveries.source AND d.event_id = deliveries.event_id AND d.status <> 'processed')`)
 		}
 	case o.handler != "":
 		q = q.Where(open)
 	default: // at any handler; few rows, looked up by the key
-		q = q.Where("event_id IN (SELECT event_id FROM deliveries WHERE " + open + ")")
+		q = q.Where("(source, event_id) IN (SELECT source, event_id FROM deliveries WHERE " + open + ")")
 	}
 	return q.Where("handler = ?", cmp.Or(o.handler, baseHandler))
 }
@@ -219,30 +222,34 @@ const headColumns = "event_id, type, source, origin, object_id, user_id, receive
 
 // addDeliveries reads what every handler did with the events.
 func addDeliveries(tx *gorm.DB, events []listedEvent) error {
-	byID := map[string]*listedEvent{}
+	byRef := map[event.Ref]*listedEvent{}
 	for i := range events {
 		events[i].ReceivedAt = events[i].ReceivedAt.UTC()
 		events[i].Deliveries = []delivery{}
-		byID[events[i].ID] = &events[i]
+		byRef[events[i].ref()] = &events[i]
 	}
 	if len(events) == 0 {
 		return nil
 	}
-	ids := make([]string, len(events))
+	refs := make([]event.Ref, len(events))
 	for i, e := range events {
-		ids[i] = e.ID
+		refs[i] = e.ref()
 	}
 	var found []delivery
-	err := tx.Table("deliveries").Where("handler IN (?) AND event_id IN ?", handlers(tx), ids).Order("handler").Find(&found).Error
-	if err != nil {
-		return fmt.Errorf("read deliveries: %w", err)
+	for source, ids := range event.BySource(refs) {
+		var some []delivery
+		err := tx.Table("deliveries").Where("handler IN (?) AND source = ? AND event_id IN ?", handlers(tx), source, ids).Order("handler").Find(&some).Error
+		if err != nil {
+			return fmt.Errorf("read deliveries: %w", err)
+		}
+		found = append(found, some...)
 	}
 	for _, d := range found {
 		if d.ProcessedAt != nil {
 			at := d.ProcessedAt.UTC()
 			d.ProcessedAt = &at
 		}
-		e := byID[d.EventID]
+		e := byRef[event.Ref{Source: d.Source, ID: d.EventID}]
 		e.Deliveries = append(e.Deliveries, d)
 	}
 	return nil
@@ -257,19 +264,30 @@ func handlers(tx *gorm.DB) *gorm.DB {
 	) SELECT name FROM h WHERE name IS NOT NULL`)
 }
 
-// A cursor is where a page ended. It is opaque to users.
-func newCursor(at time.Time, id string) string {
-	return base64.RawURLEncoding.EncodeToString([]byte(at.UTC().Format(time.RFC3339Nano) + " " + id))
+// handlerSources is a subquery for the pairs of a handler and a source in the log, found as the handlers are.
+func handlerSources(tx *gorm.DB) *gorm.DB {
+	return tx.Session(&gorm.Session{NewDB: true}).Raw(`WITH RECURSIVE h(name) AS (
+		SELECT min(handler) FROM deliveries
+		UNION ALL SELECT (SELECT min(handler) FROM deliveries WHERE handler > h.name) FROM h WHERE h.name IS NOT NULL
+	), s(name, source) AS (
+		SELECT name, (SELECT min(source) FROM deliveries WHERE handler = name) FROM h WHERE name IS NOT NULL
+		UNION ALL SELECT name, (SELECT min(source) FROM deliveries WHERE handler = s.name AND source > s.source) FROM s WHERE s.source IS NOT NULL
+	) SELECT name, source FROM s WHERE source IS NOT NULL`)
 }
 
-func parseCursor(cursor string) (time.Time, string, error) {
+// A cursor is where a page ended. It is opaque to users.
+func newCursor(at time.Time, source, id string) string {
+	return base64.RawURLEncoding.EncodeToString([]byte(at.UTC().Format(time.RFC3339Nano) + " " + source + " " + id))
+}
+
+func parseCursor(cursor string) (at time.Time, source, id string, err error) {
 	text, err := base64.RawURLEncoding.DecodeString(cursor)
-	at, id, ok := strings.Cut(string(text), " ")
-	when, timeErr := time.Parse(time.RFC3339Nano, at)
-	if err != nil || !ok || timeErr != nil {
-		return time.Time{}, "", fmt.Errorf("--cursor: %q is not the `next` of a page", cursor)
+	parts := strings.SplitN(string(text), " ", 3)
+	when, timeErr := time.Parse(time.RFC3339Nano, parts[0])
+	if err != nil || len(parts) != 3 || timeErr != nil {
+		return time.Time{}, "", "", fmt.Errorf("--cursor: %q is not the `next` of a page", cursor)
 	}
-	return when, id, nil
+	return when, parts[1], parts[2], nil
 }
 
 // shownEvent is an event with its body.
@@ -284,6 +302,7 @@ type shownEvent struct {
 }
 
 func (c *cli) eventsShow() *cobra.Command {
+	var source string
 	var o output
 	cmd := &cobra.Command{
 		Use:   "show ID",
@@ -293,7 +312,7 @@ func (c *cli) eventsShow() *cobra.Command {
 		Example: "  usher events show msg_2g7np7Hrk0SN6kj5EDMLDaKNL0S\n  usher events show msg_… --output json | jq .body.data",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			e, err := c.showEvent(cmd.Context(), args[0])
+			e, err := c.showEvent(cmd.Context(), args[0], source)
 			if errors.Is(err, gorm.ErrRecordNotFound) {
 				c.say("There is no event %s in the delivery log: no handler had it in hand yet, or it never arrived.", args[0])
 				return errNo
@@ -307,12 +326,13 @@ func (c *cli) eventsShow() *cobra.Command {
 			return printEvent(c.env.Stdout, e)
 		},
 	}
+	cmd.Flags().StringVar(&source, "source", "", "the event's source, where several have an event of this id")
 	outputFlag(cmd, &o)
 	return cmd
 }
 
-// showEvent finds an event; the error is gorm.ErrRecordNotFound where the log does not know it.
-func (c *cli) showEvent(ctx context.Context, id string) (shownEvent, error) {
+// showEvent finds an event of a source, where one is named; the error is gorm.ErrRecordNotFound where the log does not know it.
+func (c *cli) showEvent(ctx context.Context, id, source string) (shownEvent, error) {
 	var e shownEvent
 	r, err := c.reach()
 	if err != nil {
@@ -325,7 +345,17 @@ func (c *cli) showEvent(ctx context.Context, id string) (shownEvent, error) {
 	}
 	err = database.InReadTx(ctx, db, func(tx *gorm.DB) error {
 		var found []listedEvent
-		err := tx.Table("deliveries").Where("handler IN (?) AND event_id = ?", handlers(tx), id).
+		sources := []string{source}
+		if source == "" {
+			var err error
+			if sources, err = sourcesOf(tx, id); err != nil {
+				return err
+			}
+		}
+		if len(sources) > 1 {
+			return severalSources(id, sources)
+		}
+		err := tx.Table("deliveries").Where("handler IN (?) AND source IN ? AND event_id = ?", handlers(tx), sources, id).
 			Select(headColumns).Order("handler").Limit(1).Find(&found).Error
 		if err != nil {
 			return fmt.Errorf("find event %s: %w", id, err)
@@ -347,6 +377,16 @@ func (c *cli) showEvent(ctx context.Context, id string) (shownEvent, error) {
 	return e, nil
 }
 
+// sourcesOf are the sources that have an event of this id.
+func sourcesOf(tx *gorm.DB, id string) ([]string, error) {
+	var sources []string
+	err := tx.Table("deliveries").Where("(handler, source) IN (?) AND event_id = ?", handlerSources(tx), id).Distinct("source").Order("source").Pluck("source", &sources).Error
+	if err != nil {
+		return nil, fmt.Errorf("find event %s: %w", id, err)
+	}
+	return sources, nil
+}
+
 // readBody reads an event's body from the stream. What the log says is worth showing without it, so a reason takes the
 // place of an error.
 func (r *reach) readBody(ctx context.Context, e *shownEvent) {
@@ -363,7 +403,7 @@ func (r *reach) readBody(ctx context.Context, e *shownEvent) {
 		e.BodyNote = "no longer in the stream (settled and past the retention time)"
 	case err != nil:
 		e.BodyNote = "not read: " + err.Error()
-	case cmp.Or(msg.Header.Get(stream.HeaderEventID), e.ID) != e.ID:
+	case cmp.Or(msg.Header.Get(stream.HeaderEventID), e.ID) != e.ID, msg.Header.Get(stream.HeaderSource) != e.Source:
 		e.BodyNote = "no longer in the stream (another event has its place: the stream was made anew)"
 	default:
 		if first, err := strconv.ParseUint(msg.Header.Get(stream.HeaderFirstSequence), 10, 64); err == nil {

@@ -200,6 +200,9 @@ func (c *cli) printReport(o output, report *reconciler.Report, dryRun, publishes
 	if n := report.HeldBack.ByVersion; n > 0 {
 		_, _ = fmt.Fprintf(w, "%d %s held back by a newer version here: the version rule takes nothing older; it follows with a change at Clerk that is newer\n", n, isOrAre(n))
 	}
+	if n := report.HeldBack.BySource; n > 0 {
+		_, _ = fmt.Fprintf(w, "%d %s held back: the rows belong to another source; see \"Sources\" in docs/architecture.md, where the source was renamed\n", n, isOrAre(n))
+	}
 	if dryRun {
 		_, _ = fmt.Fprintln(w, "Nothing was published: this was a dry run.")
 	}

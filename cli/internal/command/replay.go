@@ -103,8 +103,8 @@ func (o *replayFlags) text() string {
 func (o *replayFlags) check() error {
 	place := !o.since.at.IsZero() || o.from > 0
 	switch {
-	case len(o.events) > 0 && (place || o.user != "" || o.source != "" || o.typ.String() != ""):
-		return errors.New("--event names events; --since, --from-seq, --user, --source and --type choose among all: give the one or the others")
+	case len(o.events) > 0 && (place || o.user != "" || o.typ.String() != ""):
+		return errors.New("--event names events; --since, --from-seq, --user and --type choose among all: give the one or the others")
 	case !o.since.at.IsZero() && o.from > 0:
 		return errors.New("--since and --from-seq: give one of the two")
 	case o.resume != "": // as it was begun
@@ -239,7 +239,7 @@ func (c *cli) replayEvents(ctx context.Context, o *replayFlags) error {
 	result := &bulkResult{DryRun: o.dryRun}
 	var places []replay.Place
 	if len(o.events) > 0 {
-		if places, result.Gone, err = findPlaces(ctx, db, o.events); err != nil {
+		if places, result.Gone, err = findPlaces(ctx, db, o.events, o.source); err != nil {
 			return err
 		}
 		if result.Gone > 0 {
@@ -347,13 +347,20 @@ func (c *cli) replayEvents(ctx context.Context, o *replayFlags) error {
 }
 
 // findPlaces finds where events lie in the stream, by the delivery log, and how many it does not know.
-func findPlaces(ctx context.Context, db *gorm.DB, ids []string) (places []replay.Place, unknown int, err error) {
+func findPlaces(ctx context.Context, db *gorm.DB, ids []string, source string) (places []replay.Place, unknown int, err error) {
 	slices.Sort(ids)
 	ids = slices.Compact(ids)
-	err = db.WithContext(ctx).Table("deliveries").Where("handler IN (?) AND event_id IN ?", handlers(db.WithContext(ctx)), ids).
-		Select("event_id, max(stream_seq) AS seq").Group("event_id").Order("event_id").Find(&places).Error
-	if err != nil {
+	q := db.WithContext(ctx).Table("deliveries").Where("(handler, source) IN (?) AND event_id IN ?", handlerSources(db.WithContext(ctx)), ids)
+	if source != "" {
+		q = q.Where("source = ?", source)
+	}
+	if err = q.Select("source, event_id, max(stream_seq) AS seq").Group("source, event_id").Order("event_id, source").Find(&places).Error; err != nil {
 		return nil, 0, fmt.Errorf("find events: %w", err)
+	}
+	for i := 1; i < len(places); i++ {
+		if places[i].EventID == places[i-1].EventID {
+			return nil, 0, severalSources(places[i].EventID, []string{places[i-1].Source, places[i].Source})
+		}
 	}
 	return places, len(ids) - len(places), nil
 }

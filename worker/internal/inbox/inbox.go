@@ -101,12 +101,8 @@ func New(handler string) *Inbox { return &Inbox{handler: handler} }
 
 // Find returns what the log says of the events; those that it does not know are absent.
 func (i *Inbox) Find(ctx context.Context, tx *gorm.DB, events []event.Ref) (map[event.Ref]Known, error) {
-	bySource := map[string][]string{} // of few sources, mostly one
-	for _, e := range events {
-		bySource[e.Source] = append(bySource[e.Source], e.ID)
-	}
 	known := make(map[event.Ref]Known, len(events))
-	for source, ids := range bySource {
+	for source, ids := range event.BySource(events) {
 		if err := i.find(ctx, tx, source, ids, known); err != nil {
 			return nil, err
 		}
