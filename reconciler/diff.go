@@ -40,6 +40,9 @@ func (o *object) version() int64 {
 	return event.Millis(o.CreatedAt)
 }
 
+// ahead reports whether the object's time of change is not believed, so that its event has the version of its receipt.
+func (o *object) ahead() bool { return event.Ahead(o.version(), o.readAt) }
+
 // row is one of the mirror's.
 type row struct {
 	id      string
@@ -91,12 +94,16 @@ func held(table string, o *object, r *row) verdict {
 // compare judges one object against its row, which is nil where there is none. A row that is newer than what was read is no drift that
 // an event could end: the page is behind, or the row is held.
 func compare(table string, o *object, r *row) verdict {
-	switch v := o.version(); {
+	v := o.version()
+	if o.ahead() { // the row has the time of a receipt: it is not the version that tells whether they are the same
+		v = 0
+	}
+	switch {
 	case r == nil:
 		return verdict{drift: Missing}
 	case r.foreign:
 		return verdict{foreign: true}
-	case r.deleted && (v == 0 || r.version >= v):
+	case r.deleted && !o.ahead() && (v == 0 || r.version >= v):
 		return verdict{defeated: true}
 	case r.deleted:
 		return verdict{drift: Missing}

@@ -132,7 +132,8 @@ func apply(ctx context.Context, db *gorm.DB, batch []event.Event) error {
 				return err
 			}
 		}
-		return mirror.Apply(ctx, tx, batch)
+		_, err := mirror.Apply(ctx, tx, batch)
+		return err //nolint:wrapcheck // the test says what it was
 	})
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"iter"
+	"slices"
 	"time"
 
 	"gorm.io/gorm"
@@ -136,6 +137,29 @@ func (b books) query(ctx context.Context, table, which string, args ...any) (pag
 		return nil, nil, fmt.Errorf("read %s: %w", table, err)
 	}
 	return page, last, nil
+}
+
+// childrenOf are those of the ids of a table's rows that have one of the parents, which are given by their table.
+func (b books) childrenOf(ctx context.Context, table string, ids []string, parents map[string]map[string]bool) (map[string]bool, error) {
+	children := map[string]bool{}
+	for parent, column := range mirror.Parents(table) {
+		if len(parents[parent]) == 0 {
+			continue
+		}
+		for chunk := range slices.Chunk(ids, rowPage) {
+			var found []struct{ ID, Parent string }
+			err := b.db.WithContext(ctx).Table(table).Select("id, "+column+" AS parent").Where("id IN ? AND "+column+" IS NOT NULL", chunk).Scan(&found).Error
+			if err != nil {
+				return nil, fmt.Errorf("read %s: %w", table, err)
+			}
+			for _, row := range found {
+				if parents[parent][row.Parent] {
+					children[row.ID] = true
+				}
+			}
+		}
+	}
+	return children, nil
 }
 
 // settled tells which events of the source the mirror has in one of the states.

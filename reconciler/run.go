@@ -19,6 +19,7 @@ import (
 
 	"github.com/usherhq/usher/pkg/clerk"
 	"github.com/usherhq/usher/pkg/event"
+	"github.com/usherhq/usher/pkg/mirror"
 	"github.com/usherhq/usher/pkg/stream"
 )
 
@@ -116,14 +117,17 @@ type Progress struct {
 
 // Report is what a run found and did.
 type Report struct {
-	Checked   map[string]int64  `json:"checked"`
-	Absent    []string          `json:"not_enabled,omitempty"` // tables whose feature the instance does without: not compared
-	Failed    map[string]string `json:"failed,omitempty"`      // tables that could not be compared, and why
-	Drift     Counts            `json:"drift"`
-	Published int64             `json:"published"`
-	HeldBack  HeldCounts        `json:"held_back,omitzero"` // of Drift, what no event can end
-	Stopped   string            `json:"stopped"`
-	Items     []Item            `json:"items"` // the first 10,000
+	Checked map[string]int64  `json:"checked"`
+	Absent  []string          `json:"not_enabled,omitempty"` // tables whose feature the instance does without: not compared
+	Failed  map[string]string `json:"failed,omitempty"`      // tables that could not be compared, and why
+	// NotCompared are the mirrored tables that the run did not compare, and why.
+	NotCompared map[string]string `json:"not_compared,omitempty"`
+
+	Drift     Counts     `json:"drift"`
+	Published int64      `json:"published"`
+	HeldBack  HeldCounts `json:"held_back,omitzero"` // of Drift, what no event can end
+	Stopped   string     `json:"stopped"`
+	Items     []Item     `json:"items"` // the first 10,000
 }
 
 // HeldBack is why drift stays: the event would change nothing.
@@ -293,13 +297,34 @@ const leaseKey = "sweep"
 // Verify compares and changes nothing, not even its own books. The report's Stopped says why it could not judge.
 func (s *Sweeper) Verify(ctx context.Context, opts Options) (*Report, error) {
 	opts.Kind = verification
-	report := newReport()
 	st := &state{Resources: cmpResources(opts.Resources), Tables: map[string]*progress{}}
+	report := newReport(st.Resources)
 	w := &sweep{Sweeper: s, opts: opts, origin: event.OriginReconcile, report: report, state: st}
 	return report, stoppedBy(report, w.run(ctx))
 }
 
-func newReport() *Report { return &Report{Checked: map[string]int64{}, Items: []Item{}} }
+func newReport(compared []string) *Report {
+	return &Report{Checked: map[string]int64{}, Items: []Item{}, NotCompared: notCompared(compared)}
+}
+
+// unlisted is why tables of the mirror cannot be compared.
+var unlisted = map[string]string{
+	"sessions":           "Clerk's API lists the sessions of one user only, and forgets old ones",
+	"subscriptions":      "Clerk's API does not list them",
+	"subscription_items": "Clerk's API does not list them",
+	"payment_attempts":   "Clerk's API does not list them",
+}
+
+// notCompared are the tables of the mirror that are not among the compared ones.
+func notCompared(compared []string) map[string]string {
+	tables := map[string]string{}
+	for _, t := range mirror.Tables() {
+		if !slices.Contains(compared, t.Name) {
+			tables[t.Name] = cmp.Or(unlisted[t.Name], "not asked for")
+		}
+	}
+	return tables
+}
 
 func cmpResources(given []string) []string {
 	if len(given) == 0 {
@@ -357,7 +382,7 @@ func (s *Sweeper) reconcile(ctx context.Context, opts Options, holder string, fe
 	if err != nil {
 		return nil, err
 	}
-	report := newReport()
+	report := newReport(st.Resources)
 	report.Drift = Counts{r.Missing, r.Stale, r.Different, r.Extra}
 	report.Published = r.Published
 	for table, p := range st.Tables {

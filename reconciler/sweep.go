@@ -16,6 +16,7 @@ import (
 
 	"github.com/usherhq/usher/pkg/clerk"
 	"github.com/usherhq/usher/pkg/event"
+	"github.com/usherhq/usher/pkg/mirror"
 )
 
 // API is what a sweep needs of Clerk's Backend API; see [clerk.Client].
@@ -114,6 +115,7 @@ type sweep struct {
 	waiting int                 // candidates in queue
 	met     map[string]struct{} // rows that were found by their id only
 	rereads int
+	sifted  int // of at.Unmatched, see sift
 	// tail is of the pages behind the last cursor. A run that is taken up reads them again, so they are not in the checkpoint.
 	tail struct{ checked, matched int64 }
 	from int64 // ms: the time of creation at which this process began; 0 for the beginning
@@ -141,7 +143,7 @@ func (w *sweep) run(ctx context.Context) error {
 	var failures []error // of tables, which are left as they are
 	for _, table := range w.state.Resources {
 		w.table, w.at = table, w.state.of(table)
-		w.queue, w.waiting, w.met, w.rereads = nil, 0, map[string]struct{}{}, 0
+		w.queue, w.waiting, w.met, w.rereads, w.sifted = nil, 0, map[string]struct{}{}, 0, 0
 		w.tail.checked, w.tail.matched, w.from = 0, 0, w.at.Created
 		w.end, w.lacking = end{created: w.at.Created, began: time.Now()}, 0
 		if w.at.Done {
@@ -390,8 +392,7 @@ func (w *sweep) merged(ctx context.Context) error {
 	err := merge(objects, flat(rows), func(o *object, r *row) error {
 		switch {
 		case o == nil:
-			w.unmatched(r.id)
-			return nil
+			return w.unmatched(ctx, r.id)
 		case r != nil:
 			current.matched++
 		}
@@ -411,16 +412,43 @@ func (w *sweep) merged(ctx context.Context) error {
 			return err
 		}
 		if _, met := w.met[r.id]; !met {
-			w.unmatched(r.id)
+			if err := w.unmatched(ctx, r.id); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
 }
 
-func (w *sweep) unmatched(id string) {
+func (w *sweep) unmatched(ctx context.Context, id string) error {
+	if len(w.at.Unmatched) >= w.sifted+rowPage {
+		if err := w.sift(ctx); err != nil {
+			return err
+		}
+	}
 	if w.opts.Force || w.opts.Kind == verification || len(w.at.Unmatched) <= maxUnknown {
 		w.at.Unmatched = append(w.at.Unmatched, id)
 	}
+	return nil
+}
+
+// sift takes the children of what this run found gone out of the rows without an object: they go with their parents, so they are no
+// extras of their own, however many they are.
+func (w *sweep) sift(ctx context.Context) error {
+	gone := map[string]map[string]bool{}
+	for parent := range mirror.Parents(w.table) {
+		gone[parent] = map[string]bool{}
+		for _, g := range w.state.of(parent).Gone {
+			gone[parent][g.ID] = true
+		}
+	}
+	children, err := w.books.childrenOf(ctx, w.table, w.at.Unmatched[w.sifted:], gone)
+	if err != nil {
+		return err
+	}
+	w.at.Unmatched = slices.DeleteFunc(w.at.Unmatched, func(id string) bool { return children[id] })
+	w.sifted = len(w.at.Unmatched)
+	return nil
 }
 
 // keyed compares by id, for objects that come in no order. It remembers a hash of each id, 8 bytes an object, and is not resumed within
@@ -443,7 +471,9 @@ func (w *sweep) keyed(ctx context.Context) error {
 			return err
 		}
 		if _, there := seen[maphash.String(seed, r.id)]; !there {
-			w.unmatched(r.id)
+			if err := w.unmatched(ctx, r.id); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
@@ -507,7 +537,7 @@ func (w *sweep) restart() {
 	w.at.Cursor, w.at.Created, w.at.Checked, w.at.Matched, w.at.Unmatched = "", 0, 0, 0, nil
 	w.at.Unlisted, w.at.Defeated, w.at.Apart, w.at.Gone = 0, 0, 0, nil
 	w.tail.checked, w.tail.matched, w.from = 0, 0, 0
-	w.end, w.lacking = end{began: time.Now()}, 0
+	w.end, w.lacking, w.sifted = end{began: time.Now()}, 0, 0
 }
 
 func (w *sweep) changes(ctx context.Context, since int64) error {
@@ -722,6 +752,9 @@ func organizationOf(c *candidate) string {
 
 // extras finds the rows for which Clerk has no object, after asking for each, and stops the run where they are not few.
 func (w *sweep) extras(ctx context.Context) error {
+	if err := w.sift(ctx); err != nil {
+		return err
+	}
 	ids := w.at.Unmatched
 	slices.Sort(ids)
 	ids = slices.DeleteFunc(slices.Compact(ids), func(id string) bool { _, met := w.met[id]; return met })

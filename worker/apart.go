@@ -158,7 +158,7 @@ func (l *loop) isolate(ctx context.Context, batch []*delivery, limit time.Durati
 				break
 			}
 			eventCtx, cancel := context.WithTimeout(ctx, limit)
-			err := l.handle(eventCtx, tx.WithContext(eventCtx), []event.Event{d.event})
+			err := l.handle(eventCtx, tx.WithContext(eventCtx), []*delivery{d})
 			late := err != nil && eventCtx.Err() != nil
 			cancel()
 			if err == nil && each {

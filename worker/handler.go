@@ -29,6 +29,13 @@ type Handler interface {
 	Handle(ctx context.Context, tx *gorm.DB, batch []event.Event) error
 }
 
+// Teller is a [Handler] that also says what each event of a batch changed, for the delivery log. It is called instead of Handle, by the
+// same rules.
+type Teller interface {
+	Handler
+	HandleAndTell(ctx context.Context, tx *gorm.DB, batch []event.Event) ([]event.Effect, error)
+}
+
 // Registration is a handler with the events that it wants: subjects without the "clerk.evt.<source>."
 // prefix, such as "user.>"; none means every event.
 type Registration struct {
@@ -55,12 +62,18 @@ type mirrorHandler struct{}
 
 func (mirrorHandler) Name() string { return "mirror" }
 
-func (mirrorHandler) Handle(ctx context.Context, tx *gorm.DB, batch []event.Event) error {
-	err := mirror.Apply(ctx, tx, batch)
-	if errors.Is(err, mirror.ErrNoID) || errors.Is(err, mirror.ErrWrongSource) {
-		return Permanent(err)
-	}
+func (h mirrorHandler) Handle(ctx context.Context, tx *gorm.DB, batch []event.Event) error {
+	_, err := h.HandleAndTell(ctx, tx, batch)
 	return err
+}
+
+// HandleAndTell implements [Teller].
+func (mirrorHandler) HandleAndTell(ctx context.Context, tx *gorm.DB, batch []event.Event) ([]event.Effect, error) {
+	effects, err := mirror.Apply(ctx, tx, batch)
+	if errors.Is(err, mirror.ErrNoID) || errors.Is(err, mirror.ErrWrongSource) {
+		return nil, Permanent(err)
+	}
+	return effects, err
 }
 
 // permanentError marks an error that no further attempt can mend.

@@ -50,6 +50,8 @@ type delivery struct {
 	event event.Event
 	known inbox.Known // what the log said before this attempt
 	aside bool        // it is worked on by itself, beside the lanes
+
+	effect event.Effect // what it changed, where the handler says so
 }
 
 // failure is one event that failed for its own reason.
@@ -402,11 +404,7 @@ func (l *loop) attempt(ctx context.Context, batch []*delivery, limit time.Durati
 		if s, err = l.sort(ctx, tx, batch); err != nil || len(s.todo) == 0 {
 			return err
 		}
-		events := make([]event.Event, len(s.todo))
-		for i, d := range s.todo {
-			events[i] = d.event
-		}
-		if err := l.handle(ctx, tx, events); err != nil {
+		if err := l.handle(ctx, tx, s.todo); err != nil {
 			if ctx.Err() != nil {
 				return fmt.Errorf("%w (%s): %w", errTimeout, limit, err)
 			}
@@ -503,7 +501,7 @@ func (l *loop) settle(ctx context.Context, tx *gorm.DB, good []*delivery, took t
 	}
 	entries := make([]inbox.Entry, len(good))
 	for i, d := range good {
-		entries[i] = inbox.Entry{Event: &d.event, Status: inbox.Processed, Attempts: d.known.Attempts + 1, Duration: took / time.Duration(len(good))}
+		entries[i] = inbox.Entry{Event: &d.event, Status: inbox.Processed, Attempts: d.known.Attempts + 1, Duration: took / time.Duration(len(good)), Effect: d.effect}
 	}
 	if err := l.inbox.Settle(ctx, tx, entries); err != nil {
 		return logFailed("write the delivery log", err)
@@ -563,6 +561,9 @@ func (l *loop) applied(ctx context.Context, batch []*delivery, s sorted, good []
 		if d.event.Timestamp > 0 {
 			age.Observe(max(0, time.Since(time.UnixMilli(d.event.Timestamp)).Seconds()))
 		}
+		if d.effect != "" {
+			l.metrics.effects.WithLabelValues(name, string(d.effect)).Inc()
+		}
 	}
 	duplicates := 0
 	for _, d := range batch {
@@ -596,8 +597,12 @@ func withGrace(parent context.Context, grace time.Duration) (context.Context, fu
 	}
 }
 
-// handle calls the handler and turns a panic into that batch's error.
-func (l *loop) handle(ctx context.Context, tx *gorm.DB, events []event.Event) (err error) {
+// handle calls the handler, notes what each event changed, and turns a panic into that batch's error.
+func (l *loop) handle(ctx context.Context, tx *gorm.DB, batch []*delivery) (err error) {
+	events := make([]event.Event, len(batch))
+	for i, d := range batch {
+		events[i], d.effect = d.event, ""
+	}
 	defer l.calls.begin()()
 	defer func() {
 		if r := recover(); r != nil {
@@ -607,7 +612,15 @@ func (l *loop) handle(ctx context.Context, tx *gorm.DB, events []event.Event) (e
 			}
 		}
 	}()
-	err = l.handler.Handle(ctx, tx, events)
+	if teller, tells := l.handler.(Teller); tells {
+		var effects []event.Effect
+		effects, err = teller.HandleAndTell(ctx, tx, events)
+		for i := range effects {
+			batch[i].effect = effects[i]
+		}
+	} else {
+		err = l.handler.Handle(ctx, tx, events)
+	}
 	if err != nil && ctx.Err() == nil && isForeign(err) && alive(ctx, tx) {
 		return &ownError{err}
 	}

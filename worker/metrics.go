@@ -4,6 +4,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/usherhq/usher/pkg/deadletter"
+	"github.com/usherhq/usher/pkg/event"
 )
 
 // outcomes of one delivery, as the metric counts them.
@@ -14,6 +15,7 @@ type metrics struct {
 	failures   *prometheus.CounterVec
 	duration   *prometheus.HistogramVec
 	age        *prometheus.HistogramVec
+	effects    *prometheus.CounterVec
 	purged     prometheus.Counter
 }
 
@@ -33,11 +35,14 @@ func newMetrics(reg prometheus.Registerer, handlers []Registration, check func(h
 			Name: "usher_event_age_seconds", Help: "Time from a change at Clerk until it is applied.",
 			Buckets: []float64{.01, .025, .05, .1, .25, .5, 1, 2.5, 5, 15, 60, 300, 1800, 7200, 86400},
 		}, []string{"handler"}),
+		effects: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "usher_worker_effects_total", Help: "Processed events by handler and what they changed.",
+		}, []string{"handler", "effect"}),
 		purged: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "usher_stream_purged_total", Help: "Settled events that this process removed from the stream, past their retention.",
 		}),
 	}
-	reg.MustRegister(m.deliveries, m.failures, m.duration, m.age, m.purged)
+	reg.MustRegister(m.deliveries, m.failures, m.duration, m.age, m.effects, m.purged)
 	for _, r := range handlers {
 		name := r.Handler.Name()
 		for _, outcome := range outcomes {
@@ -45,6 +50,11 @@ func newMetrics(reg prometheus.Registerer, handlers []Registration, check func(h
 		}
 		for _, reason := range deadletter.Reasons() {
 			m.failures.WithLabelValues(name, string(reason))
+		}
+		if _, tells := r.Handler.(Teller); tells {
+			for _, effect := range event.Effects() {
+				m.effects.WithLabelValues(name, string(effect))
+			}
 		}
 		m.duration.WithLabelValues(name)
 		m.age.WithLabelValues(name)

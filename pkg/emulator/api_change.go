@@ -82,7 +82,7 @@ func (c *Clerk) Twin(table, id string) (twin string, e Event, ok bool) {
 	return twin, events[0], true
 }
 
-// Remove deletes one living object and nothing that belongs to it. False where no such object lives.
+// Remove deletes one living object, and with it, without an event, the children of a user or an organization. False where no such object lives.
 func (c *Clerk) Remove(table, id string) (Event, bool) {
 	e, ok := c.force(table, id, "deleted", func(o *Object, _ int64) ([]byte, int64) {
 		if table == "organization_memberships" { // its delete carries the full object

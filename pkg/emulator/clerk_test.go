@@ -179,6 +179,18 @@ func TestNewestEventsGiveTheState(t *testing.T) {
 				mirror[table][got.Object.ID] = row{got.Version(), got.Object.Deleted, got.Data}
 			}
 		}
+		// Children go with their parents, and keep what was last said of them.
+		for name, parents := range map[string]map[string]string{
+			"sessions": {"users": "user_id"}, "organization_memberships": {"users": "public_user_data.user_id", "organizations": "organization.id"},
+			"organization_invitations": {"organizations": "organization_id"}, "organization_domains": {"organizations": "organization_id"},
+		} {
+			for id, r := range mirror[name] {
+				for parent, path := range parents {
+					r.deleted = r.deleted || mirror[parent][gjson.GetBytes(r.data, path).Str].deleted
+				}
+				mirror[name][id] = r
+			}
+		}
 		for name, state := range clerk.State() {
 			live, gone := 0, 0
 			for id, row := range mirror[name] {

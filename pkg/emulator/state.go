@@ -40,10 +40,12 @@ func Tables() []string {
 // Object is one of Clerk's objects as it now is.
 type Object struct {
 	ID        string
-	CreatedAt int64           // ms
-	UpdatedAt int64           // ms
-	DeletedAt int64           // ms, the timestamp of the delete; 0 while it lives
-	JSON      json.RawMessage // the full object as last announced, of a deleted one the data of its delete; read-only
+	CreatedAt int64 // ms
+	UpdatedAt int64 // ms
+	DeletedAt int64 // ms, the timestamp of the delete; 0 while it lives
+	// JSON is the full object as last announced, of one that was deleted itself the data of its delete; read-only.
+	JSON   json.RawMessage
+	buried bool // deleted with its parent
 }
 
 type table struct {
@@ -91,14 +93,53 @@ func (c *Clerk) keep(name, id string, updated, deleted int64, data []byte) {
 			t.owned[owner] = append(t.owned[owner], o)
 		}
 	}
-	if deleted != 0 && o.DeletedAt == 0 {
-		t.live--
-		if at := t.place(o); at < len(t.alive) {
-			t.alive = slices.Delete(t.alive, at, at+1)
-		}
+	if deleted != 0 {
+		t.bury(o)
+		c.buryChildren(name, id, deleted)
+	} else if o.buried { // it went with its parent, whatever is still said of it
+		deleted = o.DeletedAt
 	}
 	t.changes++
 	o.JSON, o.UpdatedAt, o.DeletedAt = data, cmp.Or(updated, o.UpdatedAt), deleted
+}
+
+// bury takes an object from those that live.
+func (t *table) bury(o *Object) {
+	if o.DeletedAt != 0 {
+		return
+	}
+	t.live--
+	if at := t.place(o); at < len(t.alive) {
+		t.alive = slices.Delete(t.alive, at, at+1)
+	}
+}
+
+// buryChildren deletes what goes with a user or an organization, without a word, as Clerk does.
+func (c *Clerk) buryChildren(parent, id string, at int64) {
+	gone := func(name string, o *Object) {
+		if t := c.state[name]; o.DeletedAt == 0 {
+			t.bury(o)
+			t.changes++
+			o.DeletedAt, o.buried = at, true
+		}
+	}
+	switch parent {
+	case "users":
+		for _, o := range slices.Clone(c.table("organization_memberships").alive) {
+			if gjson.GetBytes(o.JSON, "public_user_data.user_id").Str == id {
+				gone("organization_memberships", o)
+			}
+		}
+		for _, o := range c.table("sessions").owned[id] {
+			gone("sessions", o)
+		}
+	case "organizations":
+		for _, name := range []string{"organization_memberships", "organization_invitations", "organization_domains"} {
+			for _, o := range c.table(name).owned[id] {
+				gone(name, o)
+			}
+		}
+	}
 }
 
 func byCreation(o *Object, created int64) int { return cmp.Compare(o.CreatedAt, created) }

@@ -3,7 +3,25 @@ package event
 import (
 	"cmp"
 	"strings"
+	"time"
 )
+
+// maxAhead is how far a time in an event may be ahead of the event's receipt.
+const maxAhead = 24 * time.Hour
+
+// Ahead reports whether a time in ms is more than a day after at: no clock is that wrong, so the time is not believed.
+func Ahead(ms int64, at time.Time) bool {
+	return !at.IsZero() && ms > at.Add(maxAhead).UnixMilli()
+}
+
+// believed is a time in ms, or that of the event's receipt where it is [Ahead]. The receipt is a header of the event, so every
+// delivery and replay of it gives the same.
+func (e *Event) believed(ms int64) int64 {
+	if Ahead(ms, e.ReceivedAt) {
+		return e.ReceivedAt.UnixMilli()
+	}
+	return ms
+}
 
 // Version is the place of a row in the history of its object. The order is total, so that every
 // order of arrival ends in the same row: the larger Version wins.
@@ -32,21 +50,22 @@ func (v Version) Compare(o Version) int {
 //
 // An event without a timestamp (Clerk's samples of 2022) is seen at its object's updated_at, or,
 // where it has none either, when it was received: both stay the same over every redelivery. A full
-// object that lacks updated_at takes created_at, then SeenAt, and never less than 1, so that it beats a stub.
+// object that lacks updated_at takes created_at, then SeenAt, and never less than 1, so that it beats a stub. A time that is more
+// than a day ahead of the receipt counts as that of the receipt, so that it cannot pin a row.
 func (e *Event) Version() Version {
-	seen := e.Timestamp
+	updated, created, seen := e.believed(e.Object.UpdatedAt), e.believed(e.Object.CreatedAt), e.believed(e.Timestamp)
 	if seen == 0 {
-		seen = max(e.Object.UpdatedAt, e.Object.CreatedAt)
+		seen = max(updated, created)
 	}
 	if seen == 0 && !e.ReceivedAt.IsZero() {
 		seen = e.ReceivedAt.UnixMilli()
 	}
-	v := Version{Version: e.Object.UpdatedAt, SeenAt: seen, EventID: e.ID}
+	v := Version{Version: updated, SeenAt: seen, EventID: e.ID}
 	switch {
 	case e.Object.Deleted:
 		v.Version = max(v.Version, seen)
-	case v.Version == 0 && e.Object.CreatedAt != 0:
-		v.Version = e.Object.CreatedAt
+	case v.Version == 0 && created != 0:
+		v.Version = created
 	case v.Version == 0:
 		v.Version = seen
 	}
@@ -57,5 +76,5 @@ func (e *Event) Version() Version {
 // StubVersion is the version of a copy that is embedded in another object's event: it is older than
 // everything that Clerk said of the object itself. updatedAt is the copy's own, in ms.
 func (e *Event) StubVersion(updatedAt int64) Version {
-	return Version{Version: 0, SeenAt: Millis(updatedAt), EventID: e.ID}
+	return Version{Version: 0, SeenAt: e.believed(Millis(updatedAt)), EventID: e.ID}
 }

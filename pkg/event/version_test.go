@@ -17,6 +17,7 @@ const (
 	created  = int64(1768471200000)
 	updated  = int64(1768471260000)
 	happened = int64(1768471260036)
+	day      = int64(86_400_000)
 )
 
 func TestVersionOfAnEvent(t *testing.T) {
@@ -51,6 +52,31 @@ func TestVersionOfAnEvent(t *testing.T) {
 			"an event without a timestamp is seen at its updated_at, whenever it was received",
 			event.Event{ID: "msg_1", ReceivedAt: received, Object: event.Object{CreatedAt: created, UpdatedAt: updated}},
 			event.Version{Version: updated, SeenAt: updated, EventID: "msg_1"},
+		},
+		{
+			"times a day ahead of the receipt are believed",
+			event.Event{ID: "msg_1", Timestamp: received.UnixMilli() + day, ReceivedAt: received, Object: event.Object{UpdatedAt: received.UnixMilli() + day}},
+			event.Version{Version: received.UnixMilli() + day, SeenAt: received.UnixMilli() + day, EventID: "msg_1"},
+		},
+		{
+			"times more than a day ahead count as the receipt",
+			event.Event{ID: "msg_1", Timestamp: received.UnixMilli() + day + 1, ReceivedAt: received, Object: event.Object{UpdatedAt: received.UnixMilli() + 3650*day}},
+			event.Version{Version: received.UnixMilli(), SeenAt: received.UnixMilli(), EventID: "msg_1"},
+		},
+		{
+			"each time by itself",
+			event.Event{ID: "msg_1", Timestamp: received.UnixMilli() + 3650*day, ReceivedAt: received, Object: event.Object{CreatedAt: 2 * received.UnixMilli(), UpdatedAt: updated}},
+			event.Version{Version: updated, SeenAt: received.UnixMilli(), EventID: "msg_1"},
+		},
+		{
+			"created_at too, where it stands for updated_at",
+			event.Event{ID: "msg_1", Timestamp: happened, ReceivedAt: received, Object: event.Object{CreatedAt: 2 * received.UnixMilli()}},
+			event.Version{Version: received.UnixMilli(), SeenAt: happened, EventID: "msg_1"},
+		},
+		{
+			"a delete ten years ahead",
+			event.Event{ID: "msg_1", Timestamp: received.UnixMilli() + 3650*day, ReceivedAt: received, Object: event.Object{Deleted: true}},
+			event.Version{Version: received.UnixMilli(), SeenAt: received.UnixMilli(), EventID: "msg_1"},
 		},
 		{
 			"a delete takes the time of its event",
@@ -171,7 +197,8 @@ func TestVersionDoesNotDependOnRedelivery(t *testing.T) {
 		again := first
 		again.Seq++
 		again.Origin = event.OriginReplay
-		if first.Timestamp != 0 || first.Object.UpdatedAt != 0 || first.Object.CreatedAt != 0 {
+		newest := max(first.Timestamp, first.Object.UpdatedAt, first.Object.CreatedAt)
+		if newest != 0 && !event.Ahead(newest, first.ReceivedAt) {
 			again.ReceivedAt = first.ReceivedAt.Add(time.Hour)
 		}
 		if first.Version() != again.Version() {

@@ -108,7 +108,7 @@ func TestColumnsAreOfTheValueNotOfItsSpelling(t *testing.T) {
 					e.ID, e.Source = "msg_1", "clerk"
 					batch = append(batch, e)
 				}
-				require.NoError(rt, mirror.Apply(t.Context(), tx, batch))
+				require.NoError(rt, applyTo(t.Context(), tx, batch...))
 				require.Empty(rt, misfits(t, tx))
 			})
 		})

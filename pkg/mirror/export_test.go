@@ -8,9 +8,9 @@ import (
 
 // Read makes the rows of a batch and writes none.
 func Read(batch []event.Event) error {
-	newest, memory := map[*Table]map[string]*row{}, scratch{}
+	newest, memory := states{}, scratch{}
 	for i := range batch {
-		if err := collect(newest, &batch[i], time.Time{}, &memory); err != nil {
+		if _, err := collect(newest, &batch[i], time.Time{}, &memory); err != nil {
 			return err
 		}
 	}

@@ -11,7 +11,6 @@ import (
 
 	"github.com/usherhq/usher/pkg/event"
 	"github.com/usherhq/usher/pkg/fixture"
-	"github.com/usherhq/usher/pkg/mirror"
 )
 
 // TestGolden holds the rows of every payload of the corpus, applied alone, and of all of them together. Both databases must
@@ -54,7 +53,7 @@ func rolledBack(t *testing.T, db *gorm.DB, events []event.Event) (text string) {
 	require.NoError(t, tx.Error)
 	defer tx.Rollback()
 	for _, e := range events {
-		require.NoError(t, mirror.Apply(t.Context(), tx, []event.Event{e}), e.Type)
+		require.NoError(t, applyTo(t.Context(), tx, e), e.Type)
 	}
 	return dump(t, tx)
 }

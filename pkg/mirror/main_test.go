@@ -29,7 +29,7 @@ func decode(t testing.TB, id string, body []byte) event.Event {
 	t.Helper()
 	e, err := event.Decode(body)
 	require.NoError(t, err)
-	e.ID, e.Source, e.Origin, e.ReceivedAt = id, "clerk", event.OriginWebhook, time.UnixMilli(1_768_500_000_000).UTC()
+	e.ID, e.Source, e.Origin, e.ReceivedAt = id, "clerk", event.OriginWebhook, time.UnixMilli(1_780_000_000_000).UTC()
 	return e
 }
 
@@ -47,7 +47,13 @@ func apply(t testing.TB, db *gorm.DB, batch ...event.Event) {
 }
 
 func tryApply(ctx context.Context, db *gorm.DB, batch ...event.Event) error {
-	return database.InTx(ctx, db, func(tx *gorm.DB) error { return mirror.Apply(ctx, tx, batch) })
+	return database.InTx(ctx, db, func(tx *gorm.DB) error { return applyTo(ctx, tx, batch...) })
+}
+
+// applyTo is Apply where nobody asks for the effects.
+func applyTo(ctx context.Context, tx *gorm.DB, batch ...event.Event) error {
+	_, err := mirror.Apply(ctx, tx, batch)
+	return err
 }
 
 // dump is every row of every table as text: times as RFC 3339 with ms, JSON with sorted keys, synced_at left out. It is the same for
@@ -69,6 +75,14 @@ func dump(t testing.TB, db *gorm.DB) string {
 			if name != "synced_at" {
 				columns = append(columns, name)
 			}
+		}
+		switch table.Name {
+		case "organization_memberships", "organization_invitations", "organization_domains", "sessions":
+			columns = append(columns, "deleted_with")
+		case "users", "organizations":
+			var unsettled int64
+			require.NoError(t, db.Table(table.Name).Where("deleted_at IS DISTINCT FROM children_deleted_at").Count(&unsettled).Error)
+			require.Zero(t, unsettled, table.Name)
 		}
 		out.WriteString(dumpTable(t, db, table.Name, columns, kinds))
 	}
@@ -159,4 +173,13 @@ func misfitsOf(t testing.TB, db *gorm.DB, table string) (found []string) {
 	}
 	require.NoError(t, rows.Err())
 	return found
+}
+
+func effectsOf(t testing.TB, db *gorm.DB, batch ...event.Event) (effects []event.Effect) {
+	t.Helper()
+	require.NoError(t, database.InTx(t.Context(), db, func(tx *gorm.DB) (err error) {
+		effects, err = mirror.Apply(t.Context(), tx, batch)
+		return err
+	}))
+	return effects
 }

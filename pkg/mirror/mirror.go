@@ -12,6 +12,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -28,17 +29,37 @@ var ErrNoID = errors.New("object has no id")
 // ErrWrongSource is wrapped by the error of [Apply] for an event about an object whose row belongs to another source.
 var ErrWrongSource = errors.New("object belongs to another source")
 
-// Knows tells whether events of the type are mirrored. Others are not an error: they write nothing.
-func Knows(t event.Type) bool { return tableOf(t) != nil }
-
-// tableOf is strict about the verb: an unknown event of a known resource may carry part of the object, or something else.
-func tableOf(t event.Type) *Table {
+// Knows reports whether events of the type are mirrored whatever they carry. Others are not an error: what is no full object of a known
+// resource writes nothing.
+func Knows(t event.Type) bool {
 	table := byResource[t.Resource()]
-	if table == nil || !slices.Contains(table.verbs, t.Verb()) {
-		return nil
-	}
-	return table
+	return table != nil && slices.Contains(table.verbs, t.Verb())
 }
+
+// tableOf is the table of an event's object, nil for none. Of an unknown verb it wants the full object: an unknown event of a known
+// resource may carry part of the object, or something else.
+func tableOf(e *event.Event) *Table {
+	if table := byResource[e.Type.Resource()]; table != nil && (slices.Contains(table.verbs, e.Type.Verb()) || table.full(e)) {
+		return table
+	}
+	return nil
+}
+
+// full reports whether an event carries an object that says itself what it is: its name, its id and when it changed.
+func (t *Table) full(e *event.Event) bool {
+	if e.Object.ID == "" || e.Object.UpdatedAt == 0 {
+		return false
+	}
+	name := gjson.GetBytes(e.Data, "object")
+	if !name.Exists() {
+		return t.nameless
+	}
+	plain := strings.TrimPrefix(strings.TrimPrefix(name.Str, "commerce_"), "billing_")
+	return strings.ReplaceAll(plain, "_", "") == strings.ToLower(t.Resource)
+}
+
+// unmirrored are the types that are known and change no row.
+var unmirrored = []event.Type{"email.created", "sms.created"}
 
 // row is one state of one object.
 type row struct {
@@ -48,6 +69,9 @@ type row struct {
 	version event.Version
 	ended   bool
 	values  []any // as the table's upsert wants them
+
+	written bool
+	stands  int64 // version of the row in the table, where this one was not written
 }
 
 // newer is the order of states of one object: Version's, but for sessions it comes second.
@@ -61,64 +85,63 @@ func (r *row) newer(o *row) bool {
 // endedStatus are the states from which a session never comes back.
 var endedStatus = map[string]bool{"ended": true, "removed": true, "revoked": true, "expired": true, "replaced": true, "abandoned": true}
 
-// Apply writes a batch in the caller's transaction: the newest state of each object in it, where the table has no newer one.
+// states are the newest states of the objects of a batch.
+type states map[*Table]map[string]*row
+
+// change is what one event asks for.
+type change struct {
+	effect  event.Effect // where it asks for nothing
+	own     place
+	version event.Version
+	stub    place // of the copy inside it
+}
+
+// place is where a row is; its table is nil for none.
+type place struct {
+	table *Table
+	id    string
+}
+
+// Apply writes a batch in the caller's transaction: the newest state of each object in it, where the table has no newer one. It returns
+// what each event changed.
 // Repetition and order do not matter, neither within nor between batches. Rows are written table by table in
 // order of their ids, so that concurrent batches wait for each other but never in a circle. An error (of the
 // database, [ErrNoID] or [ErrWrongSource]) says nothing about which event of the batch caused it; the transaction must then be rolled back.
-func Apply(ctx context.Context, tx *gorm.DB, batch []event.Event) error {
+//
+// A child lives no longer than its parents: a membership than its organization and user, an invitation or domain than its organization, a
+// session than its user. The row of a child keeps its own version and raw; deleted_at is that of its own delete, else of
+// its parent's tombstone, which deleted_with names. Where a parent returns, so do the children that only it took along.
+func Apply(ctx context.Context, tx *gorm.DB, batch []event.Event) ([]event.Effect, error) {
 	now := time.Now().UTC().Truncate(time.Millisecond)
-	newest := make(map[*Table]map[string]*row, len(tables))
+	newest := make(states, len(tables))
+	changes := make([]change, len(batch))
 	var memory scratch
 	for i := range batch {
-		if err := collect(newest, &batch[i], now, &memory); err != nil {
-			return err
+		var err error
+		if changes[i], err = collect(newest, &batch[i], now, &memory); err != nil {
+			return nil, err
 		}
 	}
-	for _, table := range tables {
-		states := newest[table]
-		if len(states) == 0 {
-			continue
-		}
-		sorted := make([]*row, 0, len(states))
-		for _, r := range states {
-			sorted = append(sorted, r)
-		}
-		slices.SortFunc(sorted, func(a, b *row) int { return strings.Compare(a.id, b.id) })
-		rows := make([][]any, len(sorted))
-		for i, r := range sorted {
-			rows[i] = r.values
-		}
-		written, err := table.upsert.Exec(ctx, tx, rows)
-		if err == nil && written < int64(len(rows)) { // what the table has is newer, or not theirs
-			err = table.checkSource(ctx, tx, sorted)
-		}
-		if err != nil {
-			return fmt.Errorf("apply events: %w", err)
-		}
+	if err := newest.write(ctx, tx, now); err != nil {
+		return nil, fmt.Errorf("apply events: %w", err)
 	}
-	return nil
+	effects := make([]event.Effect, len(batch))
+	for i := range changes {
+		effects[i] = newest.effect(&changes[i])
+	}
+	return effects, nil
 }
 
-// checkSource returns [ErrWrongSource] where a row belongs to another source than the event about its object. A copy inside another object
-// is left out: it changes no row but its own source's, and that is all.
-func (t *Table) checkSource(ctx context.Context, tx *gorm.DB, rows []*row) error {
-	events := make(map[string]*row, len(rows))
-	ids := make([]string, 0, len(rows))
-	for _, r := range rows {
-		if r.event != nil {
-			events[r.id], ids = r, append(ids, r.id)
+// write writes parents before children, and between them settles who is deleted with whom.
+func (s states) write(ctx context.Context, tx *gorm.DB, now time.Time) error {
+	for i, table := range tables {
+		if i == parentTables {
+			if err := s.settleFamilies(ctx, tx, now); err != nil {
+				return err
+			}
 		}
-	}
-	if len(ids) == 0 {
-		return nil
-	}
-	var owned []struct{ ID, Source string }
-	if err := tx.WithContext(ctx).Raw("SELECT id, source FROM "+t.Name+" WHERE id IN ?", ids).Scan(&owned).Error; err != nil {
-		return fmt.Errorf("look whose %s they are: %w", t.Name, err)
-	}
-	for _, o := range owned {
-		if r := events[o.ID]; r.source != o.Source {
-			return wrongSource(r, t, o.Source)
+		if err := table.write(ctx, tx, s.sorted(table), now); err != nil {
+			return err
 		}
 	}
 	return nil
@@ -128,14 +151,101 @@ func wrongSource(r *row, t *Table, owner string) error {
 	return fmt.Errorf("%s %s of source %q about %s in %s: %w: %q", r.event.Type, r.event.ID, r.source, r.id, t.Name, ErrWrongSource, owner)
 }
 
-// collect adds what one event says: its object, and a stub of the copy inside it.
-func collect(newest map[*Table]map[string]*row, e *event.Event, now time.Time, memory *scratch) error {
-	table := tableOf(e.Type)
-	if table == nil {
+// sorted are the states of one table by their ids.
+func (s states) sorted(table *Table) []*row {
+	return slices.SortedFunc(maps.Values(s[table]), func(a, b *row) int { return strings.Compare(a.id, b.id) })
+}
+
+func (t *Table) write(ctx context.Context, tx *gorm.DB, rows []*row, now time.Time) error {
+	if len(rows) == 0 {
 		return nil
 	}
-	if e.Object.ID == "" {
-		return fmt.Errorf("apply %s %s: %w", e.Type, e.ID, ErrNoID)
+	values := make([][]any, len(rows))
+	for i, r := range rows {
+		values[i] = r.values
+	}
+	n, err := t.upsert.Exec(ctx, tx, values)
+	if err != nil {
+		return err //nolint:wrapcheck // Apply wraps it
+	}
+	return t.note(ctx, tx, rows, n, now)
+}
+
+// note notes which rows were written, n of them. It returns [ErrWrongSource] where a row belongs to another source than the event about its object.
+func (t *Table) note(ctx context.Context, tx *gorm.DB, rows []*row, n int64, now time.Time) error {
+	byID := make(map[string]*row, len(rows))
+	ids := make([]string, len(rows))
+	for i, r := range rows {
+		r.written = n == int64(len(rows))
+		byID[r.id], ids[i] = r, r.id
+	}
+	if n == int64(len(rows)) {
+		return nil
+	}
+	found, err := query(ctx, tx, "SELECT id, source, version, seen_at, event_id, synced_at FROM "+t.Name+" WHERE id", ids)
+	if err != nil {
+		return fmt.Errorf("read %s: %w", t.Name, err)
+	}
+	defer func() { _ = found.Close() }()
+	for found.Next() {
+		var id, source string
+		var v event.Version
+		var synced time.Time
+		if err := found.Scan(&id, &source, &v.Version, &v.SeenAt, &v.EventID, &synced); err != nil {
+			return fmt.Errorf("read %s: %w", t.Name, err)
+		}
+		r := byID[id]
+		switch {
+		case r == nil:
+		case r.source == source:
+			r.written, r.stands = v == r.version && synced.Equal(now), v.Version
+		case r.event != nil: // a copy inside another object only leaves the row as it is
+			return wrongSource(r, t, source)
+		}
+	}
+	if err := found.Err(); err != nil {
+		return fmt.Errorf("read %s: %w", t.Name, err)
+	}
+	return nil
+}
+
+// effect says what an event changed, once all is written.
+func (s states) effect(c *change) event.Effect {
+	if c.own.table == nil {
+		return c.effect
+	}
+	won := s[c.own.table][c.own.id]
+	stands := won.stands
+	if won.written {
+		stands = won.version.Version
+	}
+	switch {
+	case won.written && won.version == c.version && won.values[c.own.table.deletedAt()] != nil:
+		return event.EffectDeleted
+	case won.written && won.version == c.version:
+		return event.EffectApplied
+	}
+	if c.stub.table != nil {
+		if stub := s[c.stub.table][c.stub.id]; stub.written && stub.version.Version == 0 && stub.version.EventID == c.version.EventID {
+			return event.EffectStub
+		}
+	}
+	if stands == c.version.Version {
+		return event.EffectUnchanged
+	}
+	return event.EffectOlder
+}
+
+// collect adds what one event says: its object, and a stub of the copy inside it.
+func collect(newest states, e *event.Event, now time.Time, memory *scratch) (change, error) {
+	table := tableOf(e)
+	switch {
+	case table == nil && slices.Contains(unmirrored, e.Type):
+		return change{effect: event.EffectUnchanged}, nil
+	case table == nil:
+		return change{effect: event.EffectUnknownType}, nil
+	case e.Object.ID == "":
+		return change{}, fmt.Errorf("apply %s %s: %w", e.Type, e.ID, ErrNoID)
 	}
 	s := state{
 		id: CleanText(e.Object.ID), eventID: CleanText(e.ID), source: CleanText(e.Source), origin: CleanText(string(e.Origin)),
@@ -146,28 +256,30 @@ func collect(newest map[*Table]map[string]*row, e *event.Event, now time.Time, m
 		s.deletedAt = max(s.version.SeenAt, 1)
 	}
 	raw := string(Clean(e.Data))
+	c := change{own: place{table, s.id}, version: s.version}
 	object := table.row(memory, &s, raw)
 	object.event = e
 	if err := keep(newest, table, object); err != nil {
-		return err
+		return change{}, err
 	}
 
 	inside, copied := embedded(e.Type, raw)
 	if inside == nil {
-		return nil
+		return c, nil
 	}
 	id := copied.Get("id")
 	if id.Type != gjson.String || id.Str == "" {
-		return nil
+		return c, nil
 	}
+	c.stub = place{inside, id.Str}
 	s.id, s.deletedAt = id.Str, 0
 	s.version = e.StubVersion(integer(copied.Get("updated_at")))
 	s.version.EventID = s.eventID
-	return keep(newest, inside, inside.row(memory, &s, copied.Raw))
+	return c, keep(newest, inside, inside.row(memory, &s, copied.Raw))
 }
 
 // keep remembers the newest state of an object. Two sources that speak of one object are told apart by the database, event by event.
-func keep(newest map[*Table]map[string]*row, table *Table, r *row) error {
+func keep(newest states, table *Table, r *row) error {
 	states := newest[table]
 	if states == nil {
 		states = map[string]*row{}
@@ -221,11 +333,14 @@ func (t *Table) row(memory *scratch, s *state, raw string) *row {
 		}
 		r.ended = typed[t.ended].n != 0
 	}
-	r.values = append(make([]any, 0, 2+len(t.Columns)+len(common)), s.id, s.source)
+	r.values = append(make([]any, 0, len(t.upsert.Columns)), s.id, s.source)
 	for i, v := range typed {
 		r.values = append(r.values, v.box(t.typed[i].Kind))
 	}
 	r.values = append(r.values, s.version.Version, s.version.SeenAt, timeOf(s.deletedAt).box(Time), raw, s.eventID, s.origin, s.now)
+	if len(t.parents) > 0 {
+		r.values = append(r.values, nil)
+	}
 	return r
 }
 

@@ -208,7 +208,7 @@ func TestConcurrentBatchesDoNotDeadlock(t *testing.T) {
 		want := func() string {
 			tx := db.Begin()
 			defer tx.Rollback()
-			require.NoError(t, mirror.Apply(t.Context(), tx, append(append([]event.Event{}, stories[0]...), stories[1]...)))
+			require.NoError(t, applyTo(t.Context(), tx, append(append([]event.Event{}, stories[0]...), stories[1]...)...))
 			return dump(t, tx)
 		}()
 		var wg sync.WaitGroup
@@ -238,7 +238,7 @@ func TestAnEndedContextWritesNothing(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		err := database.InTx(ctx, db, func(tx *gorm.DB) error {
 			cancel()
-			return mirror.Apply(ctx, tx, []event.Event{decode(t, "msg_1", bodyOf(t, "user.created", 1, map[string]any{"id": "user_1"}))})
+			return applyTo(ctx, tx, decode(t, "msg_1", bodyOf(t, "user.created", 1, map[string]any{"id": "user_1"})))
 		})
 		require.Error(t, err)
 		assert.True(t, database.IsInfrastructure(err), err)

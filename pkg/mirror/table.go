@@ -35,11 +35,21 @@ type Table struct {
 	Columns  []Column // without those that every table has: see Common
 	verbs    []string
 	upsert   *database.Upsert
+	nameless bool     // Clerk's objects do not say what they are
+	parents  []parent // whose deletion takes the rows of this table along, in the order of their rank
 	typed    []Column // all that the object determines: Columns, and Clerk's times
 	targets  map[string][]target
 	first    []int // by typed column: its first place; one more at the end
 	ended    int   // the column of that name, -1 where there is none
 	status   int   // as ended
+}
+
+// parent is a table of which the rows of another are children, and the column of those that has its id.
+type parent struct {
+	name  string // of its table
+	in    string // the name of the column
+	index int    // of the column among the typed ones
+	table *Table
 }
 
 // target is what a top-level key of the object fills.
@@ -54,6 +64,10 @@ var clerkTimes = []Column{
 	{Name: "clerk_created_at", Kind: Time, Paths: []string{"created_at"}},
 	{Name: "clerk_updated_at", Kind: Time, Paths: []string{"updated_at"}},
 }
+
+// deletedWith is the last column of tables whose rows have parents: the parent that took the row along, NULL where it lives or was deleted
+// itself.
+var deletedWith = database.Column{Name: "deleted_with", Type: "text"}
 
 // common are the columns after those of the resource, in every table; id and source stand before them.
 var common = []database.Column{
@@ -70,6 +84,9 @@ var common = []database.Column{
 
 var types = map[Kind]string{Text: "text", Bool: "boolean", Int: "bigint", Time: "timestamptz", JSON: "jsonb"}
 
+// parentTables is how many tables there are at the beginning of tables whose rows others are children of.
+const parentTables = 2
+
 // tables in the order in which every transaction writes them, so that two never wait for each other.
 var tables = []*Table{
 	{Name: "users", Resource: "user", Columns: []Column{
@@ -83,15 +100,15 @@ var tables = []*Table{
 		asText("name"), asText("slug"), asText("image_url"), asBool("has_image"), asText("created_by"), asInt("max_allowed_memberships"), asInt("members_count"),
 		asJSON("public_metadata"), asJSON("private_metadata"),
 	}},
-	{Name: "organization_memberships", Resource: "organizationMembership", Columns: []Column{
+	{Name: "organization_memberships", Resource: "organizationMembership", parents: []parent{{name: "organizations", in: "organization_id"}, {name: "users", in: "user_id"}}, Columns: []Column{
 		asText("organization_id", "organization.id", "organization_id"), asText("user_id", "public_user_data.user_id", "user_id"),
 		asText("role"), asText("role_name"), asJSON("permissions"), asJSON("public_metadata"), asJSON("private_metadata"),
 	}},
-	{Name: "organization_invitations", Resource: "organizationInvitation", verbs: []string{"accepted", "revoked", "expired"}, Columns: []Column{
+	{Name: "organization_invitations", Resource: "organizationInvitation", verbs: []string{"accepted", "revoked", "expired"}, parents: []parent{{name: "organizations", in: "organization_id"}}, Columns: []Column{
 		asText("organization_id"), asText("email", "email_address"), asText("role"), asText("role_name"), asText("status"), asText("inviter_id"), asText("user_id"), asTime("expires_at"),
 		asJSON("public_metadata"), asJSON("private_metadata"),
 	}},
-	{Name: "organization_domains", Resource: "organizationDomain", Columns: []Column{
+	{Name: "organization_domains", Resource: "organizationDomain", parents: []parent{{name: "organizations", in: "organization_id"}}, Columns: []Column{
 		asText("organization_id"), asText("name"), asText("enrollment_mode"), asText("affiliation_email", "affiliation_email_address"),
 		asText("affiliation_status", "affiliation_verification.status", "verification.status"), asText("ownership_status", "ownership_verification.status"),
 		asInt("total_pending_invitations"), asInt("total_pending_suggestions"),
@@ -102,7 +119,7 @@ var tables = []*Table{
 	{Name: "permissions", Resource: "permission", Columns: []Column{
 		asText("key"), asText("name"), asText("description"), asText("type"),
 	}},
-	{Name: "sessions", Resource: "session", verbs: []string{"pending", "active", "ended", "removed", "revoked", "expired", "replaced", "abandoned"}, Columns: []Column{
+	{Name: "sessions", Resource: "session", verbs: []string{"pending", "active", "ended", "removed", "revoked", "expired", "replaced", "abandoned"}, parents: []parent{{name: "users", in: "user_id"}}, Columns: []Column{
 		asText("user_id", "user_id", "user.id"), asText("client_id"), asText("status"),
 		{Name: "ended", Kind: Bool},
 		asText("last_active_organization_id"), asJSON("actor"),
@@ -123,7 +140,7 @@ var tables = []*Table{
 		asInt("amount", "amount.amount", "plan.amount", "plan.fee.amount"), asText("currency", "amount.currency", "plan.currency", "plan.fee.currency"),
 		asBool("is_free_trial"), asTime("period_start"), asTime("period_end"), asTime("past_due_at"), asTime("canceled_at"), asTime("ended_at"),
 	}},
-	{Name: "payment_attempts", Resource: "paymentAttempt", Columns: []Column{
+	{Name: "payment_attempts", Resource: "paymentAttempt", nameless: true, Columns: []Column{
 		asText("status"), asText("charge_type"), asText("payer_user_id", "payer.user_id"), asText("payer_organization_id", "payer.organization_id"), asText("payment_id"), asText("invoice_id"),
 		asInt("amount", "totals.grand_total.amount"), asText("currency", "totals.grand_total.currency"), asText("failed_reason", "failed_reason", "failed_reason.code"),
 		asTime("billing_date"), asTime("paid_at"), asTime("failed_at"),
@@ -157,6 +174,11 @@ func init() { //nolint:gochecknoinits // tables that are built once from the des
 		byResource[t.Resource], byName[t.Name] = t, t
 	}
 	usersTable, organizationsTable = byName["users"], byName["organizations"]
+	for _, t := range tables {
+		for i := range t.parents {
+			t.parents[i].table, t.parents[i].index = byName[t.parents[i].name], t.index(t.parents[i].in)
+		}
+	}
 }
 
 func (t *Table) build() {
@@ -182,8 +204,12 @@ func (t *Table) build() {
 	if t.ended >= 0 { // an ended session never goes back, whatever its version
 		order = append([]string{"ended"}, order...)
 	}
+	columns = append(columns, common...)
+	if len(t.parents) > 0 {
+		columns = append(columns, deletedWith)
+	}
 	t.upsert = &database.Upsert{
-		Table: t.Name, Columns: append(columns, common...), Conflict: []string{"id"},
+		Table: t.Name, Columns: columns, Conflict: []string{"id"},
 		Guard: t.Name + ".source = excluded.source AND (" + t.Name + "." + strings.Join(order, ", "+t.Name+".") + ") < (excluded." + strings.Join(order, ", excluded.") + ")",
 	}
 }
@@ -192,6 +218,13 @@ func (t *Table) index(name string) int {
 	return slices.IndexFunc(t.Columns, func(c Column) bool { return c.Name == name })
 }
 
+// Where in a row's values stand its source, its deleted_at and, last, its deleted_with.
+const sourceAt = 1
+
+func (t *Table) deletedAt() int { return 2 + len(t.typed) + 2 }
+
+func (t *Table) deletedWith() int { return len(t.upsert.Columns) - 1 }
+
 // Tables describes the mirror, in the order in which it is written. The result is the caller's, its Columns are not to be changed.
 func Tables() []Table {
 	result := make([]Table, len(tables))
@@ -199,6 +232,18 @@ func Tables() []Table {
 		result[i] = *t
 	}
 	return result
+}
+
+// Parents are the columns of a table (a name of [Tables]) that have the ids of a row's parents, by the names of their tables: a row is deleted
+// with any of them. Empty for most tables.
+func Parents(table string) map[string]string {
+	columns := map[string]string{}
+	if t := byName[table]; t != nil {
+		for _, p := range t.parents {
+			columns[p.name] = p.in
+		}
+	}
+	return columns
 }
 
 // Common are the names of the columns that every table has besides its Columns, in the tables' order: id and source

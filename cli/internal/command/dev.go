@@ -27,6 +27,16 @@ type devOptions struct {
 	output     output
 }
 
+// before is how long ago the emulator's clock begins. A story takes 40 days, and then a while for each who signs up; its end must not be
+// in the future, where no event is believed.
+func (o *devOptions) before() time.Duration {
+	const day = 24 * time.Hour
+	if !o.demo {
+		return day
+	}
+	return 45*day + time.Duration(o.users)*time.Minute
+}
+
 func (c *cli) dev() *cobra.Command {
 	var o devOptions
 	cmd := &cobra.Command{
@@ -84,7 +94,7 @@ func (c *cli) runDev(ctx context.Context, o devOptions) (err error) {
 			cfg.Log = zap.NewNop() // the demo tells its failures itself
 		}
 		o.seed = cmp.Or(o.seed, mathrand.Uint64())
-		clerk = emulator.New(emulator.Config{Seed: o.seed, InstanceID: settings.ClerkInstanceID, Start: time.Now().Add(-24 * time.Hour), NULs: true})
+		clerk = emulator.New(emulator.Config{Seed: o.seed, InstanceID: settings.ClerkInstanceID, Start: time.Now().Add(-o.before()), NULs: true})
 		cfg.ClerkSecretKey = "sk_test_" + base64.RawURLEncoding.EncodeToString(key)
 		var stop func()
 		if cfg.ClerkAPIURL, stop, err = serveClerk(ctx, clerk, cfg.ClerkSecretKey); err != nil {

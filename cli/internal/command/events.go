@@ -44,6 +44,7 @@ type delivery struct {
 	EventID     string     `json:"-"`
 	Handler     string     `json:"handler"`
 	Status      string     `json:"status"`
+	Effect      string     `json:"effect"` // what it changed; empty where the handler does not say, or it is not processed
 	Attempts    int        `json:"attempts"`
 	DurationMS  float64    `json:"duration_ms" gorm:"column:duration_ms"`
 	Error       string     `json:"error"`
@@ -80,6 +81,7 @@ type listOptions struct {
 	user    string
 	source  string
 	status  string
+	effect  string
 	handler string
 	since   since
 	paging
@@ -92,7 +94,9 @@ func (c *cli) eventsList() *cobra.Command {
 		Short: "List events and what became of them, newest first",
 		Long: "list reads the delivery log, so an event appears as soon as a handler had it in hand. --status is that of the handler\n" +
 			"named with --handler; where none is named, an event is processed when it is so by all that had it in hand, and\n" +
-			"retrying, dead or discarded when it is so by any.",
+			"retrying, dead or discarded when it is so by any. --effect is what it changed at that handler, mirror where none is named:\n" +
+			"applied or deleted (a row was written), stub (only a row of another object), or nothing, since it is older, unchanged or\n" +
+			"of an unknown_type.",
 		Example: "  usher events list --type 'user.*' --since 24h\n" +
 			"  usher events list --status dead --output json\n" +
 			"  usher events list --user user_… --limit 10",
@@ -100,6 +104,9 @@ func (c *cli) eventsList() *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if o.status != "" && !slices.Contains(statuses, o.status) {
 				return fmt.Errorf("--status %q: want one of %s", o.status, strings.Join(statuses, ", "))
+			}
+			if o.effect != "" && !slices.Contains(event.Effects(), event.Effect(o.effect)) {
+				return fmt.Errorf("--effect %q: want one of %s", o.effect, effectNames())
 			}
 			if err := o.check(cmd); err != nil {
 				return err
@@ -112,6 +119,7 @@ func (c *cli) eventsList() *cobra.Command {
 	f.StringVar(&o.user, "user", "", "only events about this user `ID`")
 	f.StringVar(&o.source, "source", "", "only events of this source")
 	f.StringVar(&o.status, "status", "", "only events of this status: "+strings.Join(statuses, ", "))
+	f.StringVar(&o.effect, "effect", "", "only events that changed this: "+effectNames())
 	f.StringVar(&o.handler, "handler", "", "only events that this handler had in hand")
 	f.Var(&o.since, "since", "only events received since then")
 	o.addFlags(cmd, "events")
@@ -134,7 +142,11 @@ func (c *cli) listEvents(ctx context.Context, o listOptions) error {
 	row := func(e listedEvent) []string {
 		var became []string
 		for _, d := range e.Deliveries {
-			became = append(became, d.Handler+"="+d.Status)
+			text := d.Handler + "=" + d.Status
+			if d.Effect != "" && d.Effect != string(event.EffectApplied) {
+				text += " (" + d.Effect + ")"
+			}
+			became = append(became, text)
 		}
 		return []string{timeText(e.ReceivedAt), e.ID, typeText(e.Type), cmp.Or(e.UserID, "-"), e.Source, e.Origin, strings.Join(became, " ")}
 	}
@@ -149,6 +161,14 @@ func (c *cli) listEvents(ctx context.Context, o listOptions) error {
 	})
 }
 
+func effectNames() string {
+	var names []string
+	for _, effect := range event.Effects() {
+		names = append(names, string(effect))
+	}
+	return strings.Join(names, ", ")
+}
+
 // findEvents finds one page: events below the cursor in the order (received_at, event_id, source) downwards, one row more to
 // know whether a next page exists.
 func findEvents(tx *gorm.DB, o listOptions) (listing[listedEvent], error) {
@@ -159,6 +179,12 @@ func findEvents(tx *gorm.DB, o listOptions) (listing[listedEvent], error) {
 	}
 	if o.source != "" {
 		q = q.Where("source = ?", o.source)
+	}
+	if o.effect != "" { // one of a closed set, in the text as whereStatus does it
+		q = q.Where("effect = '" + o.effect + "'")
+		if o.effect != string(event.EffectApplied) {
+			q = q.Where("effect <> 'applied'")
+		}
 	}
 	if !o.since.at.IsZero() {
 		q = q.Where("received_at >= ?", o.since.at.UTC())
@@ -188,6 +214,8 @@ func (o *listOptions) table(isPostgres bool) string {
 	switch open := o.status != "" && o.status != "processed"; {
 	case isPostgres, open && o.handler == "":
 		return "deliveries"
+	case o.effect != "" && o.effect != string(event.EffectApplied) && o.user == "":
+		return "deliveries INDEXED BY deliveries_effect"
 	case o.user != "":
 		return "deliveries INDEXED BY deliveries_user"
 	case open:
@@ -515,13 +543,13 @@ func printEvent(w io.Writer, e shownEvent) error {
 		return fmt.Errorf("print: %w", err)
 	}
 	_, _ = fmt.Fprintln(w)
-	t = newTable(w, "handler", "status", "attempts", "processed", "ms", "reason", "error")
+	t = newTable(w, "handler", "status", "effect", "attempts", "processed", "ms", "reason", "error")
 	for _, d := range e.Deliveries {
 		at := "-"
 		if d.ProcessedAt != nil {
 			at = timeText(*d.ProcessedAt)
 		}
-		t.row(d.Handler, d.Status, strconv.Itoa(d.Attempts), at, strconv.FormatFloat(d.DurationMS, 'f', -1, 64), d.Reason, d.Error)
+		t.row(d.Handler, d.Status, cmp.Or(d.Effect, "-"), strconv.Itoa(d.Attempts), at, strconv.FormatFloat(d.DurationMS, 'f', -1, 64), d.Reason, d.Error)
 	}
 	if err := t.Flush(); err != nil {
 		return fmt.Errorf("print: %w", err)

@@ -26,7 +26,7 @@ import (
 // row is a row of the delivery log.
 type row struct {
 	Handler, EventID, Type, Source, Origin, Status string
-	ObjectID, UserID, Error, Reason                *string
+	ObjectID, UserID, Error, Reason, Effect        *string
 	Attempts                                       int
 	ReceivedAt, ProcessedAt                        time.Time
 	DurationMS                                     int64 `gorm:"column:duration_ms"`
@@ -56,7 +56,7 @@ func filledLog(t *testing.T, url string) (*harness, time.Time) {
 	for i := range 23 { // letters of both cases: the order is that of bytes in both databases
 		add(fmt.Sprintf("msg_%c%02d", "aBc"[i%3], i), "user.updated", moment)
 	}
-	add("msg_old", "session.created", moment.Add(-48*time.Hour), func(r *row) { r.UserID = ptr("user_2") })
+	add("msg_old", "session.created", moment.Add(-48*time.Hour), func(r *row) { r.UserID, r.Effect = ptr("user_2"), ptr("older") })
 	add("msg_new", "user.deleted", moment.Add(30*time.Minute), func(r *row) { r.Source, r.Origin = "staging", "replay" })
 	add("msg_bad", "", moment.Add(10*time.Minute), func(r *row) {
 		r.Status, r.Error, r.Reason, r.UserID, r.ObjectID, r.Attempts = "dead", ptr("malformed event"), ptr("undecodable"), nil, nil, 4
@@ -143,12 +143,18 @@ func TestEventsList(t *testing.T) {
 			"--since " + moment.Add(20*time.Minute).Format(time.RFC3339): {"msg_new"},
 			"--status processed --source staging":                        nil, // another handler retries it
 			"--status processed --handler mirror --source staging":       {"msg_new"},
-			"--status dead --handler mirror":                             {"msg_bad"},
-			"--status retrying --handler mirror":                         nil,
-			"--status retrying --user user_1":                            {"msg_new"},
-			"--status processed --user user_2 --type session.*":          {"msg_old"},
-			"--status dead --handler mirror --user user_1":               nil,
-			"--status processed --user user_2":                           {"msg_old"},
+			"--effect older": {"msg_old"},
+			"--effect older --user user_2 --status processed":      {"msg_old"},
+			"--effect older --handler onboarding":                  nil,
+			"--effect unknown_type":                                nil,
+			"--effect unknown_type --status dead --handler mirror": nil,
+			"--effect applied":                                     nil,
+			"--status dead --handler mirror":                       {"msg_bad"},
+			"--status retrying --handler mirror":                   nil,
+			"--status retrying --user user_1":                      {"msg_new"},
+			"--status processed --user user_2 --type session.*":    {"msg_old"},
+			"--status dead --handler mirror --user user_1":         nil,
+			"--status processed --user user_2":                     {"msg_old"},
 		} {
 			assert.Equal(t, want, ids(list(strings.Fields(args)...).Items), args)
 		}
@@ -222,7 +228,7 @@ func TestEventsShow(t *testing.T) {
 		assert.Empty(t, e.BodyNote)
 		assert.Len(t, strings.Split(strings.TrimSpace(r.Run("events", "show", user, "-o", "ndjson").out), "\n"), 1)
 		text := r.Run("events", "show", user).want(exitOK).out
-		assert.Regexp(t, `mirror +processed +1`, text)
+		assert.Regexp(t, `mirror +processed +applied +1`, text)
 		assert.Contains(t, text, "\n  \"data\": {\n")
 
 		for _, id := range []string{mail, sms} {

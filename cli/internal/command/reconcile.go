@@ -16,6 +16,7 @@ import (
 
 	"github.com/usherhq/usher/pkg/clerk"
 	"github.com/usherhq/usher/pkg/config"
+	"github.com/usherhq/usher/pkg/mirror"
 	"github.com/usherhq/usher/pkg/stream"
 	"github.com/usherhq/usher/reconciler"
 )
@@ -183,6 +184,11 @@ func (c *cli) printReport(o output, report *reconciler.Report, dryRun, publishes
 			t.row(name, "could not be compared")
 		} else if n, ok := report.Checked[name]; ok {
 			t.row(name, strconv.FormatInt(n, 10))
+		}
+	}
+	for _, table := range mirror.Tables() {
+		if why := report.NotCompared[table.Name]; why != "" {
+			t.row(table.Name, "not compared: "+why)
 		}
 	}
 	if err := t.Flush(); err != nil {

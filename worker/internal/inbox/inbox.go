@@ -39,6 +39,7 @@ type Entry struct {
 	Attempts int           // so far, with this one
 	Duration time.Duration // the event's share of its batch
 	Error    string        // one line
+	Effect   event.Effect  // of what is processed: what it changed, empty where the handler does not say
 	Reason   string        // of the closed set of deadletter.Reason, empty for a success
 	// FirstFailedAt, NextAttemptAt, Fingerprint and LetterSeq are of a failure; zero for a success.
 	FirstFailedAt time.Time
@@ -197,6 +198,7 @@ var upsert = database.Upsert{
 		{Name: "fingerprint", Type: "text"},
 		{Name: "letter_seq", Type: "bigint"},
 		{Name: "replay_id", Type: "text"},
+		{Name: "effect", Type: "text"},
 	},
 	Conflict: []string{"handler", "source", "event_id"},
 	// What is settled stays so, but for a deliberate replay that the row has not seen.
@@ -214,7 +216,7 @@ func (i *Inbox) write(ctx context.Context, tx *gorm.DB, entries []Entry) (int64,
 			i.handler, ev.ID, string(ev.Type), ev.Source, string(ev.Origin), null(ev.Object.ID), null(ev.Object.UserID),
 			string(e.Status), int64(e.Attempts), ev.ReceivedAt.UTC(), now, float64(e.Duration.Microseconds()) / 1000,
 			null(e.Error), null(e.Reason), int64(ev.Seq),
-			nullTime(e.FirstFailedAt), nullTime(e.NextAttemptAt), null(e.Fingerprint), nullSeq(e.LetterSeq), null(ev.ReplayID),
+			nullTime(e.FirstFailedAt), nullTime(e.NextAttemptAt), null(e.Fingerprint), nullSeq(e.LetterSeq), null(ev.ReplayID), null(string(e.Effect)),
 		}
 	}
 	n, err := upsert.Exec(ctx, tx, rows)

@@ -1,0 +1,208 @@
+package mirror
+
+import (
+	"context"
+	"database/sql"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"gorm.io/gorm"
+
+	"github.com/usherhq/usher/pkg/database"
+)
+
+// A child lives no longer than its parents, in any order of arrival: who writes a child looks for the tombstones of its parents, and who
+// changes whether a parent lives, or since when it does not, changes its children. Whether a child lives is a function of the
+// rows that win, its own and its parents', so all orders end in the same. children_deleted_at of a parent is what its children know of its
+// deleted_at.
+
+// familyLock is the key of PostgreSQL's advisory lock between those who write children (shared) and those who change whether a parent
+// lives. Everybody takes it behind the rows of parents and before those of children. SQLite has one writer.
+const familyLock = 0x7573686572
+
+// settleFamilies is called between the writes of parents and those of children. It brings the children of changed parents up to date and
+// marks those of the batch whose parents are deleted.
+func (s states) settleFamilies(ctx context.Context, tx *gorm.DB, now time.Time) error {
+	changed := map[*Table][]string{}
+	for _, parent := range tables[:parentTables] {
+		if len(s[parent]) == 0 {
+			continue
+		}
+		ids, err := changedParents(ctx, tx, parent, slices.Sorted(maps.Keys(s[parent])))
+		if err != nil {
+			return err
+		}
+		if len(ids) > 0 {
+			changed[parent] = ids
+		}
+	}
+	wanted := s.parentsOfChildren()
+	lock := ""
+	switch {
+	case len(changed) > 0:
+		lock = "SELECT pg_advisory_xact_lock(%d)"
+	case len(wanted) > 0:
+		lock = "SELECT pg_advisory_xact_lock_shared(%d)"
+	default:
+		return nil
+	}
+	if database.IsPostgres(tx) {
+		if _, err := tx.Statement.ConnPool.ExecContext(ctx, fmt.Sprintf(lock, familyLock)); err != nil {
+			return fmt.Errorf("lock families: %w", err)
+		}
+	}
+	for _, parent := range tables[:parentTables] {
+		if err := settleChildren(ctx, tx, parent, changed[parent], now); err != nil {
+			return err
+		}
+	}
+	return s.mark(ctx, tx, wanted)
+}
+
+// changedParents are those of the ids whose children know another deleted_at than the row has.
+func changedParents(ctx context.Context, tx *gorm.DB, parent *Table, ids []string) (changed []string, err error) {
+	rows, err := query(ctx, tx, "SELECT id FROM "+parent.Name+" WHERE deleted_at IS DISTINCT FROM children_deleted_at AND id", ids)
+	if err != nil {
+		return nil, fmt.Errorf("read %s: %w", parent.Name, err)
+	}
+	defer func() { _ = rows.Close() }()
+	for rows.Next() {
+		var id string
+		if err := rows.Scan(&id); err != nil {
+			return nil, fmt.Errorf("read %s: %w", parent.Name, err)
+		}
+		changed = append(changed, id)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, fmt.Errorf("read %s: %w", parent.Name, err)
+	}
+	return changed, nil
+}
+
+// settleChildren gives the children of parents the deleted_at that follows from all of their parents.
+func settleChildren(ctx context.Context, tx *gorm.DB, parent *Table, ids []string, now time.Time) error {
+	if len(ids) == 0 {
+		return nil
+	}
+	for _, child := range tables[parentTables:] {
+		for _, p := range child.parents {
+			if p.table != parent {
+				continue
+			}
+			at := "?"
+			if database.IsPostgres(tx) {
+				at = "$1"
+			}
+			statement, args := anyOf(tx, "UPDATE "+child.Name+" SET (deleted_at, deleted_with) = ("+child.tombstoneQuery()+"), synced_at = "+at+
+				" WHERE (deleted_at IS NULL OR deleted_with IS NOT NULL) AND "+p.in, ids, now)
+			if _, err := tx.Statement.ConnPool.ExecContext(ctx, statement, args...); err != nil {
+				return fmt.Errorf("settle %s of %s: %w", child.Name, parent.Name, err)
+			}
+		}
+	}
+	statement, args := anyOf(tx, "UPDATE "+parent.Name+" SET children_deleted_at = deleted_at WHERE id", ids)
+	if _, err := tx.Statement.ConnPool.ExecContext(ctx, statement, args...); err != nil {
+		return fmt.Errorf("settle %s: %w", parent.Name, err)
+	}
+	return nil
+}
+
+// tombstoneQuery finds the deleted parent of a row, that of the first rank where there are several: its deleted_at and its id.
+func (t *Table) tombstoneQuery() string {
+	var ranks []string
+	for rank, p := range t.parents {
+		ranks = append(ranks, fmt.Sprintf("SELECT %d AS rank, p.deleted_at, p.id FROM %s AS p WHERE p.id = %s.%s AND p.source = %s.source AND p.deleted_at IS NOT NULL",
+			rank, p.name, t.Name, p.in, t.Name))
+	}
+	return "SELECT gone.deleted_at, gone.id FROM (" + strings.Join(ranks, " UNION ALL ") + ") AS gone ORDER BY gone.rank LIMIT 1"
+}
+
+// parentsOfChildren are the ids of the parents of all living children of the batch.
+func (s states) parentsOfChildren() map[*Table]map[string]bool {
+	wanted := map[*Table]map[string]bool{}
+	for _, child := range tables[parentTables:] {
+		for _, r := range s[child] {
+			for _, p := range child.parents {
+				id, ok := r.values[2+p.index].(string)
+				if !ok || r.values[child.deletedAt()] != nil {
+					continue
+				}
+				if wanted[p.table] == nil {
+					wanted[p.table] = map[string]bool{}
+				}
+				wanted[p.table][id] = true
+			}
+		}
+	}
+	return wanted
+}
+
+// mark deletes the children of the batch whose parents are deleted.
+func (s states) mark(ctx context.Context, tx *gorm.DB, wanted map[*Table]map[string]bool) error {
+	gone := map[*Table]map[string]tombstone{}
+	for parent, ids := range wanted {
+		var err error
+		if gone[parent], err = tombstones(ctx, tx, parent, slices.Sorted(maps.Keys(ids))); err != nil {
+			return err
+		}
+	}
+	for _, child := range tables[parentTables:] {
+		for _, r := range s[child] {
+			for _, p := range child.parents {
+				id, _ := r.values[2+p.index].(string)
+				stone, dead := gone[p.table][id]
+				if dead && stone.source == r.values[sourceAt] && r.values[child.deletedAt()] == nil {
+					r.values[child.deletedAt()], r.values[child.deletedWith()] = stone.at.UTC(), id
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// tombstone is a parent that is deleted.
+type tombstone struct {
+	source string
+	at     time.Time
+}
+
+func tombstones(ctx context.Context, tx *gorm.DB, parent *Table, ids []string) (map[string]tombstone, error) {
+	rows, err := query(ctx, tx, "SELECT id, source, deleted_at FROM "+parent.Name+" WHERE deleted_at IS NOT NULL AND id", ids)
+	if err != nil {
+		return nil, fmt.Errorf("read %s: %w", parent.Name, err)
+	}
+	defer func() { _ = rows.Close() }()
+	found := map[string]tombstone{}
+	for rows.Next() {
+		var id string
+		var stone tombstone
+		if err := rows.Scan(&id, &stone.source, &stone.at); err != nil {
+			return nil, fmt.Errorf("read %s: %w", parent.Name, err)
+		}
+		found[id] = stone
+	}
+	if err := rows.Err(); err != nil {
+		return nil, fmt.Errorf("read %s: %w", parent.Name, err)
+	}
+	return found, nil
+}
+
+// query reads rows by a list of ids, with which the statement ends.
+func query(ctx context.Context, tx *gorm.DB, statement string, ids []string) (*sql.Rows, error) {
+	statement, args := anyOf(tx, statement, ids)
+	return tx.Statement.ConnPool.QueryContext(ctx, statement, args...) //nolint:wrapcheck // the caller says of what
+}
+
+// anyOf ends a statement, which has the arguments before, with a condition on a list of ids.
+func anyOf(tx *gorm.DB, statement string, ids []string, before ...any) (string, []any) {
+	if database.IsPostgres(tx) {
+		return fmt.Sprintf("%s = ANY($%d::text[])", statement, len(before)+1), append(before, ids)
+	}
+	for _, id := range ids {
+		before = append(before, id)
+	}
+	return statement + " IN (?" + strings.Repeat(",?", len(ids)-1) + ")", before
+}
