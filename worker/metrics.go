@@ -17,6 +17,7 @@ type metrics struct {
 	age        *prometheus.HistogramVec
 	effects    *prometheus.CounterVec
 	purged     prometheus.Counter
+	wal        prometheus.Gauge
 }
 
 func newMetrics(reg prometheus.Registerer, handlers []Registration, check func(handler string) error, missing func(handler string) float64) *metrics {
@@ -39,10 +40,13 @@ func newMetrics(reg prometheus.Registerer, handlers []Registration, check func(h
 			Name: "usher_worker_effects_total", Help: "Processed events by handler and what they changed.",
 		}, []string{"handler", "effect"}),
 		purged: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "usher_stream_purged_total", Help: "Settled events that this process removed from the stream, past their retention.",
+			Name: "usher_stream_purged_total", Help: "Settled events that this process removed from the stream, past their retention or to make room.",
+		}),
+		wal: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "usher_sqlite_wal_bytes", Help: "Size of SQLite's write-ahead log; 0 with PostgreSQL.",
 		}),
 	}
-	reg.MustRegister(m.deliveries, m.failures, m.duration, m.age, m.effects, m.purged)
+	reg.MustRegister(m.deliveries, m.failures, m.duration, m.age, m.effects, m.purged, m.wal)
 	for _, r := range handlers {
 		name := r.Handler.Name()
 		for _, outcome := range outcomes {

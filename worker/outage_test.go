@@ -208,17 +208,7 @@ func (r *rig) untouched(within time.Duration) {
 }
 
 // paused is the metric.
-func (r *rig) paused() float64 {
-	families, err := r.registry.Gather()
-	require.NoError(r.t, err)
-	for _, f := range families {
-		if f.GetName() == "usher_worker_paused" {
-			return f.GetMetric()[0].GetGauge().GetValue()
-		}
-	}
-	r.t.Fatal("no metric usher_worker_paused")
-	return 0
-}
+func (r *rig) paused() float64 { return r.gauge("usher_worker_paused") }
 
 // notReady waits until readiness says something of an outage.
 func (r *rig) notReady(want string) {

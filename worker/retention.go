@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"time"
@@ -107,8 +108,113 @@ func (w *Worker) purgeStream(ctx context.Context) (now time.Time, purged uint64,
 	return now, uint64(max(gone, 0)), nil
 }
 
-// nearlyFull is the share of the stream's room from which on its holder is told of again.
-const nearlyFull = 0.8
+// nearlyFull is the share of the stream's room from which on settled events go before their time, until no more than roomy is used.
+const nearlyFull, roomy = 0.8, 0.7
+
+// fillEvery is how often the fill of the stream is looked at, and fillSeldom where nothing could be done about it.
+const fillEvery, fillSeldom = time.Second, 5 * time.Second
+
+// watchFill makes room in the stream before it refuses events, until ctx is done.
+func (w *Worker) watchFill(ctx context.Context) {
+	log := w.deps.Log.With(zap.String("service", "worker"))
+	pause := fillEvery
+	var told time.Time
+	var held string
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(pause):
+		}
+		f, err := w.makeRoom(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		pause = fillEvery
+		if err != nil {
+			pause = fillSeldom // an outage is told of by the loops
+			log.Debug("fill of the stream not looked at", zap.Error(err))
+			continue
+		}
+		if f.purged > 0 {
+			w.metrics.purged.Add(float64(f.purged))
+			fields := []zap.Field{zap.Uint64("events", f.purged), zap.Uint64("bytes", f.before), zap.Int64("max_bytes", f.max)}
+			if time.Since(told) > time.Hour {
+				told = time.Now()
+				log.Warn("stream was 80% full: its oldest settled events were removed before their retention; raise USHER_STREAM_MAX_BYTES, or shorten USHER_RETENTION", fields...)
+			} else {
+				log.Info("stream purged to make room", fields...)
+			}
+		}
+		problem := f.problem()
+		w.fill.setTrouble(problem)
+		text := ""
+		if problem != nil {
+			pause, text = fillSeldom, f.holder
+		}
+		if problem != nil && held != text {
+			log.Warn("stream is nearly full of events that are not settled", zap.Uint64("bytes", f.bytes), zap.Int64("max_bytes", f.max), zap.String("consumer", f.holder), zap.Error(problem))
+		}
+		held = text
+	}
+}
+
+// fill is how full the stream is after a look at it.
+type fill struct {
+	before, bytes uint64
+	max           int64
+	purged        uint64
+	holder        string // the consumer that needs the oldest event; empty while there was room
+}
+
+// problem says what is to be done about a stream that only unsettled events fill.
+func (f fill) problem() error {
+	if f.holder == "" {
+		return nil
+	}
+	return fmt.Errorf("stream %s holds %d of %d bytes, and %s has not settled its oldest event: let that work, delete it where it is nobody's, or raise USHER_STREAM_MAX_BYTES",
+		stream.Events, f.bytes, f.max, f.holder)
+}
+
+// makeRoom removes the oldest settled events, whatever their age, where the stream is nearly full.
+func (w *Worker) makeRoom(ctx context.Context) (fill, error) {
+	s, err := w.deps.JetStream.Stream(ctx, stream.Events)
+	if err != nil {
+		return fill{}, fmt.Errorf("look up stream %s: %w", stream.Events, err)
+	}
+	info := s.CachedInfo()
+	f := fill{before: info.State.Bytes, bytes: info.State.Bytes, max: info.Config.MaxBytes}
+	if w.cfg.MaxBytes > 0 && (f.max <= 0 || w.cfg.MaxBytes < f.max) {
+		f.max = w.cfg.MaxBytes
+	}
+	if f.max <= 0 || float64(f.bytes) <= nearlyFull*float64(f.max) {
+		return f, nil
+	}
+	keep, holder, err := w.firstUnsettled(ctx, s, info.State.LastSeq)
+	if err != nil {
+		return f, err
+	}
+	// Events differ in size: so many as would do on average go, and what is left to do is seen then.
+	for target := uint64(roomy * float64(f.max)); f.bytes > target && info.State.Msgs > 0 && keep > info.State.FirstSeq; f.bytes = info.State.Bytes {
+		state := info.State
+		share := float64(f.bytes-target) / float64(f.bytes)
+		upTo := state.FirstSeq + max(uint64(math.Ceil(share*float64(state.LastSeq-state.FirstSeq+1))), 1)
+		if err := s.Purge(ctx, jetstream.WithPurgeSequence(min(upTo, keep))); err != nil {
+			return f, fmt.Errorf("purge stream %s: %w", stream.Events, err)
+		}
+		if info, err = s.Info(ctx); err != nil {
+			return f, fmt.Errorf("look up stream %s: %w", stream.Events, err)
+		}
+		// What came in meanwhile is not to be counted as a loss, nor another worker's purge as ours twice.
+		f.purged += uint64(max(int64(state.Msgs)+int64(info.State.LastSeq)-int64(state.LastSeq)-int64(info.State.Msgs), 0))
+	}
+	if float64(f.bytes) > nearlyFull*float64(f.max) {
+		if f.holder = "consumer " + holder; holder == "" {
+			f.holder = "a handler of this worker"
+		}
+	}
+	return f, nil
+}
 
 // holding is what was last told of a consumer of somebody else that holds the purge back; its zero value is none.
 type holding struct {

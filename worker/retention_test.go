@@ -3,6 +3,7 @@ package worker_test
 import (
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -16,6 +17,7 @@ import (
 	"go.uber.org/zap"
 	"gorm.io/gorm"
 
+	"github.com/usherhq/usher/pkg/database"
 	"github.com/usherhq/usher/pkg/dbtest"
 	"github.com/usherhq/usher/pkg/event"
 	"github.com/usherhq/usher/pkg/natstest"
@@ -275,4 +277,58 @@ func TestDiskFullFreezesTheStreamUntilARestart(t *testing.T) {
 			require.NoError(t, err)
 		}
 	}
+}
+
+// TestAStreamFullOfSettledEventsMakesRoom: whatever their age, and no more than is needed.
+func TestAStreamFullOfSettledEventsMakesRoom(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, dbtest.SQLite(t), worker.Config{}, nil)
+	s, err := r.js.Stream(t.Context(), stream.Events)
+	require.NoError(t, err)
+	tiny := s.CachedInfo().Config
+	tiny.MaxBytes = 256 << 10
+	_, err = r.js.UpdateStream(t.Context(), tiny)
+	require.NoError(t, err)
+	var full error
+	for i := 0; full == nil; i++ {
+		id := fmt.Sprintf("fill_%d", i)
+		if _, full = r.js.PublishMsg(t.Context(), stream.Message(userEvent(id))); full == nil {
+			r.accepted = append(r.accepted, id)
+		}
+	}
+	r.work()
+	require.Eventually(t, func() bool { return r.streamState().Bytes <= 7*uint64(tiny.MaxBytes)/10 }, 60*time.Second, 10*time.Millisecond)
+	assert.Greater(t, r.streamState().Bytes, uint64(tiny.MaxBytes)/2, "what there is room for stays")
+	assert.NotZero(t, r.logs.FilterMessageSnippet("removed before their retention").Len())
+	r.send(ids("after", 10)...)
+	r.ledger(time.Minute)
+	assert.Empty(t, r.health.Details())
+
+	// What somebody has not settled is never removed: then it is said who.
+	_, err = r.js.CreateConsumer(t.Context(), stream.Events, jetstream.ConsumerConfig{Durable: "billing", AckPolicy: jetstream.AckExplicitPolicy})
+	require.NoError(t, err)
+	first := r.streamState().FirstSeq
+	for i := 0; float64(r.streamState().Bytes) < 0.85*float64(tiny.MaxBytes); i++ {
+		r.send(fmt.Sprintf("more_%d", i))
+	}
+	require.Eventually(t, func() bool { return strings.Contains(r.health.Details()["stream"], "consumer billing has not settled") }, 60*time.Second, 10*time.Millisecond)
+	assert.Empty(t, r.health.Problems(), "it still works")
+	assert.Equal(t, first, r.streamState().FirstSeq)
+	require.NoError(t, r.js.DeleteConsumer(t.Context(), stream.Events, "billing"))
+	require.Eventually(t, func() bool { return r.health.Details()["stream"] == "" && r.streamState().FirstSeq > first }, 60*time.Second, 10*time.Millisecond)
+	r.ledger(time.Minute)
+}
+
+func TestALargeWriteAheadLogIsToldOf(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, dbtest.SQLite(t), worker.Config{}, nil)
+	r.send("event")
+	r.work()
+	r.ledger(time.Minute)
+	var path string
+	require.NoError(t, r.db.Raw("SELECT file FROM pragma_database_list WHERE name = 'main'").Scan(&path).Error)
+	require.NoError(t, os.Truncate(path+"-wal", database.LargeWAL+1)) // as if a reader had held it
+	told := func() int { return r.logs.FilterMessageSnippet("write-ahead log is above 256 MiB").Len() }
+	require.Eventually(t, func() bool { return told() == 1 }, 60*time.Second, 10*time.Millisecond)
+	assert.InDelta(t, database.LargeWAL+1, r.gauge("usher_sqlite_wal_bytes"), 0)
 }

@@ -39,6 +39,8 @@ type Config struct {
 	HandleTimeout time.Duration
 	// Retention is how long a settled event stays in the stream (720 h), by the broker's clock. What is not settled stays for ever.
 	Retention time.Duration
+	// MaxBytes is how large the stream may grow, where that is less than its own limit, which then follows; 0: the stream's own.
+	MaxBytes int64
 	// PurgeInterval is about how often the stream and the delivery log are cleaned (5 min).
 	PurgeInterval time.Duration
 }
@@ -114,6 +116,7 @@ type Worker struct {
 	watches  map[string]*watch  // by handler
 	letters  letters
 	setups   setups
+	fill     trouble // of the stream
 	holding  holding // only clean uses it
 }
 
@@ -171,6 +174,7 @@ func (w *Worker) Run(ctx context.Context) error {
 		w.deps.Health.Add("stream of "+name, one.check)
 	}
 	w.deps.Health.Add("dead letters", w.letters.check)
+	w.deps.Health.AddDetail("stream", w.fill.check)
 	if err := w.waitForDatabase(ctx); err != nil {
 		return err
 	}
@@ -186,7 +190,7 @@ func (w *Worker) Run(ctx context.Context) error {
 			return nil
 		})
 	}
-	for _, watch := range []func(context.Context){w.database.Run, w.watchSetup, w.clean, w.sweepLetters} {
+	for _, watch := range []func(context.Context){w.database.Run, w.watchSetup, w.watchFill, w.watchWAL, w.clean, w.sweepLetters} {
 		group.Go(func() error {
 			watch(groupCtx)
 			return nil
@@ -262,6 +266,39 @@ func (w *Worker) waitForDatabase(ctx context.Context) error {
 
 // watchInterval is how often the database is looked at where nothing else shows how it is.
 const watchInterval = 5 * time.Second
+
+// watchWAL notices a write-ahead log of SQLite that does not stop growing.
+func (w *Worker) watchWAL(ctx context.Context) {
+	if database.IsPostgres(w.deps.DB) {
+		return
+	}
+	ticker := time.NewTicker(watchInterval)
+	defer ticker.Stop()
+	large := false
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		lookCtx, cancel := context.WithTimeout(ctx, watchInterval)
+		size, err := database.WALSize(lookCtx, w.deps.DB)
+		cancel()
+		if err != nil { // whoever needs the database says so
+			continue
+		}
+		w.metrics.wal.Set(float64(size))
+		if before := large; size > database.LargeWAL {
+			if large = true; !before {
+				w.deps.Log.Warn("SQLite's write-ahead log is above 256 MiB, since something reads the file without a pause: end transactions that stay open "+
+					"(a sqlite3 shell, a backup, a report), then it shrinks by itself; where it does not, restart, or move to PostgreSQL",
+					zap.String("service", "worker"), zap.Int64("bytes", size))
+			}
+		} else if large = before && size > database.LargeWAL/2; before && !large {
+			w.deps.Log.Info("SQLite's write-ahead log has shrunk", zap.String("service", "worker"), zap.Int64("bytes", size))
+		}
+	}
+}
 
 // sweepEvery is how often the dead letters are compared with their index.
 const sweepEvery = time.Minute

@@ -4,6 +4,7 @@ import (
 	"context"
 	"database/sql"
 	"database/sql/driver"
+	"errors"
 	"fmt"
 	"net/url"
 	"os"
@@ -274,4 +275,27 @@ func (t *tx) done() {
 	if !t.readOnly {
 		t.conn.give()
 	}
+}
+
+// LargeWAL is the size in bytes from which on the write-ahead log of a SQLite file is too large. It is emptied at about 16 MB (wal_autocheckpoint)
+// unless somebody reads without a pause: a transaction that stays open, or readers that overlap for ever.
+const LargeWAL = 256 << 20
+
+// WALSize is the size in bytes of the write-ahead log, 0 for PostgreSQL and where there is none.
+func WALSize(ctx context.Context, db *gorm.DB) (int64, error) {
+	if IsPostgres(db) {
+		return 0, nil
+	}
+	var path string
+	if err := db.WithContext(ctx).Raw("SELECT file FROM pragma_database_list WHERE name = 'main'").Scan(&path).Error; err != nil {
+		return 0, fmt.Errorf("find the file of the database: %w", err)
+	}
+	info, err := os.Stat(path + "-wal")
+	if errors.Is(err, os.ErrNotExist) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("look at the write-ahead log: %w", err)
+	}
+	return info.Size(), nil
 }

@@ -71,9 +71,10 @@ const checkTime = 800 * time.Millisecond
 // Health collects the checks of a process. The zero value is ready and healthy; it is safe for
 // concurrent use.
 type Health struct {
-	mu     sync.Mutex
-	names  []string
-	checks map[string]*question
+	mu      sync.Mutex
+	names   []string
+	checks  map[string]*question
+	details map[string]Check
 }
 
 // question is a check and its last call.
@@ -98,6 +99,30 @@ func (h *Health) Add(name string, check Check) {
 		h.names = append(h.names, name)
 	}
 	h.checks[name] = &question{check: check}
+}
+
+// AddDetail registers what /readyz says without making the process not ready: something that works still, and will not for long.
+// It must answer at once.
+func (h *Health) AddDetail(name string, detail Check) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.details == nil {
+		h.details = map[string]Check{}
+	}
+	h.details[name] = detail
+}
+
+// Details returns what there is to say, by name.
+func (h *Health) Details() map[string]string {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	details := map[string]string{}
+	for name, detail := range h.details {
+		if err := detail(); err != nil {
+			details[name] = err.Error()
+		}
+	}
+	return details
 }
 
 // Problems runs the checks and returns what fails, by name. None means ready. It returns within 800 ms; a check that has not
@@ -174,11 +199,14 @@ func NewOps(addr string, health *Health, reg *prometheus.Registry) (*Ops, error)
 		writeJSON(w, http.StatusOK, map[string]any{"status": "ok"})
 	})
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
+		status, answer := http.StatusOK, map[string]any{"status": "ready"}
 		if problems := health.Problems(); len(problems) > 0 {
-			writeJSON(w, http.StatusServiceUnavailable, map[string]any{"status": "not ready", "problems": problems})
-			return
+			status, answer = http.StatusServiceUnavailable, map[string]any{"status": "not ready", "problems": problems}
 		}
-		writeJSON(w, http.StatusOK, map[string]any{"status": "ready"})
+		if details := health.Details(); len(details) > 0 {
+			answer["details"] = details
+		}
+		writeJSON(w, status, answer)
 	})
 	mux.Handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{}))
 	return &Ops{listener: listener, server: &http.Server{

@@ -97,6 +97,7 @@ func New(ctx context.Context, cfg Config) (_ *Instance, err error) {
 		if err := i.setUpStreams(ctx, b, topology); err != nil {
 			return nil, err
 		}
+		i.warnOfSpace(ctx, topology)
 	}
 	i.waitingFor("the broker")
 	i.Health.Add("start", func() error {
@@ -128,6 +129,10 @@ func New(ctx context.Context, cfg Config) (_ *Instance, err error) {
 		return nil, err
 	}
 	for _, d := range report.Streams.Differences {
+		if b.embedded() && d.Field == "max_bytes" { // see limits
+			log.Info("the stream's limit is lowered as soon as there is room", zap.String("object", d.Object), zap.String("have", d.Have), zap.String("want", d.Want))
+			continue
+		}
 		level := zap.WarnLevel
 		if d.Fatal {
 			level = zap.ErrorLevel
@@ -379,6 +384,10 @@ func (i *Instance) open(b brokerAccess) error {
 		return err
 	}
 	workerConfig := worker.ConfigFrom(s)
+	if b.embedded() { // the worker makes the room for a lower limit
+		workerConfig.MaxBytes = int64(s.StreamMaxBytes)
+		i.services = append(i.services, limits{i.JS, stream.Topology{Replicas: s.StreamReplicas, MaxBytes: int64(s.StreamMaxBytes), Handlers: worker.Specs()}, log})
+	}
 	if i.cfg.ChangeWorker != nil {
 		i.cfg.ChangeWorker(&workerConfig)
 	}

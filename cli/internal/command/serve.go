@@ -72,6 +72,10 @@ var errDone = errors.New("done")
 // fails. An interrupt is the usual end: no error.
 func (c *cli) run(ctx context.Context, cfg allinone.Config, work func(context.Context, *allinone.Instance) error) (err error) {
 	instance, err := allinone.New(ctx, cfg)
+	if err != nil && ctx.Err() != nil { // on request, while it waited: no failure
+		cfg.Log.Info("stopped while starting", zap.Error(err))
+		return nil
+	}
 	if err != nil {
 		return err
 	}
