@@ -119,7 +119,7 @@ func (s *Service) receive(w http.ResponseWriter, r *http.Request) (event.Event, 
 
 	s.metrics.inFlight.Inc()
 	defer s.metrics.inFlight.Dec()
-	room := reservation{budget: &s.bodyBytes, limit: s.cfg.MaxBodyBytesInFlight}
+	room := reservation{budget: &s.bodyBytes, limit: s.cfg.MaxBodyBytesInFlight, large: s.large}
 	defer room.release()
 	body, res := s.readBody(w, r, &room)
 	if res != "" {

@@ -152,6 +152,7 @@ type Service struct {
 
 	slots     chan struct{}
 	bodyBytes atomic.Int64
+	large     largeBodies
 	slow      slowBodies
 	stopping  atomic.Bool
 	verified  atomic.Bool // the broker is none that must be refused
@@ -201,6 +202,7 @@ func newService(cfg Config, deps Deps) (*Service, error) {
 	}
 	s.verified.Store(deps.Durability == nil || deps.JetStream == nil)
 	s.slots = make(chan struct{}, s.cfg.MaxInFlight)
+	s.large = make(largeBodies, max(1, s.cfg.MaxBodyBytesInFlight/2/(s.cfg.MaxBody+perRequest)))
 	s.broker.js, s.broker.source = deps.JetStream, s.cfg.Sources[0].Name
 	var err error
 	s.metrics, err = newMetrics(deps.Registerer)

@@ -318,6 +318,21 @@ func TestBodiesInMemoryAreBounded(t *testing.T) {
 	assert.Zero(t, b.bodyBytes.Load())
 }
 
+func TestABurstOfLargeBodiesWaitsForRoom(t *testing.T) {
+	t.Parallel()
+	b := setup(t, func(c *Config, _ *Deps) { c.MaxBodyBytesInFlight = 4 << 20 })
+	var group sync.WaitGroup
+	for i := range 20 {
+		group.Go(func() {
+			assert.Equal(t, 202, b.send(delivery{id: fmt.Sprintf("msg_large_%d", i), body: make([]byte, 1<<20)}).status)
+		})
+	}
+	group.Wait()
+	assert.EqualValues(t, 20, b.count())
+	assert.Zero(t, b.bodyBytes.Load())
+	assert.Empty(t, b.large)
+}
+
 func TestSlowBrokerIsAnsweredInTime(t *testing.T) {
 	t.Parallel()
 	b := setup(t, func(c *Config, d *Deps) { c.PublishTimeout, d.Publisher = 100*time.Millisecond, newBlocker() })

@@ -16,10 +16,17 @@ type reservation struct {
 	budget *atomic.Int64
 	limit  int64
 	held   int64
+	large  largeBodies
+	placed bool // among the large bodies
 }
 
-// grow reserves a body of size bytes; false means that there is no room.
+// grow reserves a body of size bytes; false means that there is no room, also after [roomWait] where the body is large.
 func (r *reservation) grow(size int64) bool {
+	if size > announced && !r.placed {
+		if r.placed = r.large.enter(); !r.placed {
+			return false
+		}
+	}
 	more := size + perRequest - r.held
 	if r.budget.Add(more) > r.limit {
 		r.budget.Add(-more)
@@ -29,7 +36,31 @@ func (r *reservation) grow(size int64) bool {
 	return true
 }
 
-func (r *reservation) release() { r.budget.Add(-r.held) }
+func (r *reservation) release() {
+	r.budget.Add(-r.held)
+	if r.placed {
+		r.large.leave()
+	}
+}
+
+// roomWait is how long a large body waits for others to be stored before it is refused.
+const roomWait = 2 * time.Second
+
+// largeBodies are places for bodies of more than [announced] bytes, which together take half of the memory for bodies: a burst of them
+// waits here, where each has read little, and not half way, where each would hold what the others wait for. What is small never waits.
+type largeBodies chan struct{}
+
+// enter waits for a place; false means that there is none yet. Whoever has one leaves it.
+func (l largeBodies) enter() bool {
+	select {
+	case l <- struct{}{}:
+		return true
+	case <-time.After(roomWait):
+		return false
+	}
+}
+
+func (l largeBodies) leave() { <-l }
 
 // slowBodies are the requests whose body is being read.
 type slowBodies struct {
