@@ -635,7 +635,8 @@ func (c *cli) tail(ctx context.Context, o tailOptions) error {
 	if err != nil {
 		return fmt.Errorf("follow %s: %w", stream.Events, err)
 	}
-	iter, err := consumer.Messages()
+	// A limit of bytes and not of messages, of which half must hold the largest event: 500 of them may be half a gigabyte.
+	iter, err := consumer.Messages(jetstream.PullMaxBytes(8 << 20))
 	if err != nil {
 		return fmt.Errorf("follow %s: %w", stream.Events, err)
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -407,4 +408,42 @@ func TestTailWithoutStreamsSaysSetup(t *testing.T) {
 	t.Parallel()
 	srv := natstest.New(t)
 	assert.Contains(t, newHarness(t, "USHER_NATS_URL="+srv.URL()).Run("events", "tail").want(exitUsage).err, "usher setup")
+}
+
+// held is an output that nobody reads until it is closed.
+type held chan struct{}
+
+func (h held) Write(p []byte) (int, error) {
+	<-h
+	return len(p), nil
+}
+
+func TestTailHoldsAFewOfTheLargestEvents(t *testing.T) {
+	t.Parallel()
+	srv := natstest.New(t)
+	_, js := srv.Setup()
+	const n = 40
+	for i := range n {
+		e := event.Event{ID: fmt.Sprintf("msg_%d", i), Type: "user.created", Source: "clerk", Raw: make([]byte, 1<<20)}
+		_, err := js.PublishMsg(t.Context(), stream.Message(&e))
+		require.NoError(t, err)
+	}
+	h := newHarness(t, "USHER_NATS_URL="+srv.URL())
+	out, code := make(held), make(chan int, 1)
+	go func() {
+		code <- Run(t.Context(), []string{"events", "tail", "--since", "1h", "--limit", fmt.Sprint(n)}, Env{Environ: h.env, Stdin: strings.NewReader(""), Stdout: out, Stderr: io.Discard})
+	}()
+	events, err := js.Stream(t.Context(), stream.Events)
+	require.NoError(t, err)
+	var sent uint64
+	require.Eventually(t, func() bool { // until the broker has answered all that was asked for
+		for info := range events.ListConsumers(t.Context()).Info() {
+			sent = info.Delivered.Consumer
+			return sent > 0 && (info.NumWaiting == 0 || info.NumPending == 0)
+		}
+		return false
+	}, 60*time.Second, 5*time.Millisecond)
+	assert.LessOrEqual(t, sent, uint64(8))
+	close(out)
+	assert.Equal(t, exitOK, <-code)
 }
