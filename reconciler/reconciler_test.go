@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -50,9 +51,9 @@ func TestStartsIsReadyOnceTheStreamIsThereAndStops(t *testing.T) {
 	defer cancel()
 	done := make(chan error, 1)
 	go func() { done <- r.Run(ctx) }()
-	require.Eventually(t, func() bool { return problem() == stream.ErrSetup.Error() }, 15*time.Second, 10*time.Millisecond)
+	require.Eventually(t, func() bool { return strings.Contains(problem(), stream.ErrSetup.Error()) }, 60*time.Second, 10*time.Millisecond)
 	broker.Setup()
-	require.Eventually(t, func() bool { return problem() == "" }, 15*time.Second, 10*time.Millisecond)
+	require.Eventually(t, func() bool { return problem() == "" }, 60*time.Second, 10*time.Millisecond)
 
 	cancel()
 	select {

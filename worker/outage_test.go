@@ -647,7 +647,7 @@ func TestClockThatWasSetBackHoldsNoRetryUp(t *testing.T) {
 		r := newRig(t, db, worker.Config{}, nil)
 		ahead := time.Now().Add(365 * 24 * time.Hour).UTC()
 		require.NoError(t, db.Exec(`INSERT INTO deliveries (handler, event_id, type, source, origin, status, attempts, received_at, processed_at, next_attempt_at)
-			VALUES ('effects', 'late', 't', 's', 'webhook', 'retrying', 1, ?, ?, ?)`, ahead, ahead, ahead.Add(time.Second)).Error)
+			VALUES ('effects', 'late', 't', 'clerk', 'webhook', 'retrying', 1, ?, ?, ?)`, ahead, ahead, ahead.Add(time.Second)).Error)
 		r.send("late")
 		r.work()
 		rows, dead := r.ledger(20 * time.Second)
