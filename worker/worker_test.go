@@ -209,6 +209,29 @@ func TestReplayOfALetterDoesNotRepeatWhatWasAppliedMeanwhile(t *testing.T) {
 	})
 }
 
+func TestReplayOfALetterThatWasDiscardedMeanwhileIsSettled(t *testing.T) {
+	t.Parallel()
+	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {
+		counter := counting(t, db, &countingHandler{})
+		b := start(t, db, worker.Config{Handlers: []worker.Registration{{Handler: counter}}})
+		require.NoError(t, db.Exec(`INSERT INTO deliveries (handler, event_id, type, source, origin, status, attempts, received_at, processed_at, stream_seq)
+			VALUES ('counting', 'msg_1', 'user.created', 'clerk', 'webhook', 'discarded', 1, ?, ?, 1)`, time.Now().UTC(), time.Now().UTC()).Error)
+		e, err := event.Decode(user("user_1"))
+		require.NoError(t, err)
+		e.ID, e.Source, e.ReceivedAt = "msg_1", "clerk", time.Now()
+		msg := stream.Message(&e)
+		msg.Subject = stream.ReplaySubject("counting", &e)
+		msg.Header.Set(stream.HeaderReplayID, stream.LetterReplay+"7:x")
+		_, err = b.js.PublishMsg(t.Context(), msg)
+		require.NoError(t, err)
+		b.publish("msg_2", user("user_2")) // goes on behind it
+		rows := b.settled("counting", 1)
+		assert.Equal(t, "discarded", rows["msg_1"].Status)
+		assert.Equal(t, "processed", rows["msg_2"].Status)
+		assert.Len(t, b.counted(), 1)
+	})
+}
+
 func TestBadEventStandsAloneAndTheOthersCommit(t *testing.T) {
 	t.Parallel()
 	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {

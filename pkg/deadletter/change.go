@@ -74,13 +74,16 @@ func Replay(ctx context.Context, js jetstream.JetStream, db *gorm.DB, f Filter, 
 	}
 	run := replay.New(js, db, o)
 	err = replayAll(ctx, dlq, db, f, run, &result)
-	if err == nil {
-		lost := result.Gone - result.Taken
-		result.Gone = max(lost, result.Selected-run.Progress().Published)
-		result.Taken = result.Gone - lost
+	whole := err == nil
+	if whole {
 		err = run.Finish(ctx)
 	}
 	o.Progress(run.Progress())
+	if whole { // what was selected and neither published nor lost was taken, or discarded before it was applied
+		lost := result.Gone - result.Taken
+		result.Gone = max(lost, result.Selected-result.Replayed)
+		result.Taken = result.Gone - lost
+	}
 	if errors.Is(err, replay.ErrFailing) || errors.Is(err, replay.ErrStalled) {
 		result.Stopped = err.Error()
 		return result, nil

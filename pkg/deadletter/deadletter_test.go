@@ -254,6 +254,48 @@ func TestLettersThatAnotherRunTookAreItsOwn(t *testing.T) {
 	assert.Equal(t, deadletter.Result{Selected: 4, Replayed: 1, Gone: 3, Taken: 2}, result)
 }
 
+func TestNoMoreAreDoneThanWereSelected(t *testing.T) {
+	t.Parallel()
+	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {
+		_, js := natstest.New(t).Setup(stream.HandlerSpec{Name: "mirror"})
+		// fill writes eight letters and the rows of all but the first two. Those are indexed by a sweep while a run reads its first
+		// letter, when one more event dies as well.
+		fill := func(run string) slow {
+			t.Helper()
+			var rows []row
+			for i := range 8 {
+				id := fmt.Sprintf("%s_%d", run, 8-i) // a run lists the last letter first
+				rows = append(rows, dead(id, put(t, js, "mirror", id, uint64(i+1))))
+			}
+			rows = rows[2:]
+			require.NoError(t, db.Create(&rows).Error)
+			sweep := sync.OnceFunc(func() {
+				sweeper := deadletter.NewSweeper(js, db)
+				sweeper.MinAge = 0
+				swept, err := sweeper.Sweep(context.WithoutCancel(t.Context()))
+				assert.NoError(t, err)
+				assert.Equal(t, 2, swept.Indexed)
+				later := dead(run+"_9", put(t, js, "mirror", run+"_9", 9))
+				assert.NoError(t, db.Create(&later).Error)
+			})
+			return slow{js, func(uint64) {}, func(uint64) { sweep() }}
+		}
+		check := func(r deadletter.Result) {
+			assert.LessOrEqual(t, r.Replayed+r.Discarded+r.Gone, r.Selected)
+		}
+		result, err := deadletter.Replay(t.Context(), fill("replayed"), db, deadletter.Filter{}, replay.Options{StopAt: 1}, check)
+		require.NoError(t, err)
+		assert.Equal(t, deadletter.Result{Selected: 8, Replayed: 8}, result)
+		require.NoError(t, db.Exec("DELETE FROM deliveries WHERE event_id = 'replayed_9'").Error)
+		s, err := js.Stream(t.Context(), stream.DeadLetters)
+		require.NoError(t, err)
+		require.NoError(t, s.Purge(t.Context()))
+		result, err = deadletter.Discard(t.Context(), fill("discarded"), db, deadletter.Filter{}, replay.Outage{}, check)
+		require.NoError(t, err)
+		assert.Equal(t, deadletter.Result{Selected: 8, Discarded: 8}, result)
+	})
+}
+
 func TestAReplayIsTheOriginalAndNothingOfTheLetter(t *testing.T) {
 	t.Parallel()
 	db := dbtest.SQLite(t)

@@ -128,7 +128,7 @@ type Options struct {
 
 // Progress is how far a run has come.
 type Progress struct {
-	Published int // stored by the broker, by this run and not before
+	Published int // stored by the broker, by this run and not before; without dead letters that were discarded meanwhile
 	Earlier   int // stored by the broker before: by an earlier part of this run, or by another with the same ids
 	LeftOut   int // not published, since they were discarded for the handler
 	Applied   int // of the published and the earlier, known to be applied
@@ -459,6 +459,9 @@ func (r *Run) look(ctx context.Context) (int, error) {
 				case failed:
 					r.progress.Failed++
 					delete(r.open, k)
+				case discarded:
+					r.progress.Published--
+					delete(r.open, k)
 				case unknown:
 				}
 			}
@@ -477,6 +480,7 @@ const (
 	unknown outcome = iota
 	applied
 	failed
+	discarded
 )
 
 // outcome is what a row says of a message. The row may be another's: whoever applied the event since it was published has settled it.
@@ -489,6 +493,8 @@ func (w watch) outcome(r row) outcome {
 		return applied
 	case r.Status != "processed" && r.Attempts > 0 && (mine || since && r.seq() > w.seq): // the schedule of its retries may last for hours
 		return failed
+	case r.Status == "discarded" && since && strings.HasPrefix(w.id, stream.LetterReplay): // between the reading of the letter and its mark: the worker leaves it
+		return discarded
 	default:
 		return unknown
 	}

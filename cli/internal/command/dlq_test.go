@@ -350,6 +350,38 @@ func TestDiscardedLettersAreGone(t *testing.T) {
 	})
 }
 
+// between does something once, when a letter was read and before it is published.
+type between struct {
+	jetstream.JetStream
+	do func()
+}
+
+func (b between) PublishMsgAsync(m *nats.Msg, opts ...jetstream.PublishOpt) (jetstream.PubAckFuture, error) {
+	b.do()
+	return b.JetStream.PublishMsgAsync(m, opts...)
+}
+
+func TestLettersDiscardedDuringAReplayDoNotComeBack(t *testing.T) {
+	t.Parallel()
+	eachDatabase(t, func(t *testing.T, url string) {
+		y, c, cfg := newCounting(t, url, 5)
+		c.set(nil)
+		y.work(cfg)
+		discard := sync.OnceFunc(func() { y.Run("dlq", "discard", "msg_u002", "msg_u003", "--yes").want(exitOK) })
+		result, err := deadletter.Replay(t.Context(), between{y.js, discard}, y.db, deadletter.Filter{}, replay.Options{}, nil)
+		require.NoError(t, err)
+		assert.Equal(t, deadletter.Result{Selected: 5, Replayed: 3, Applied: 3, Gone: 2, Taken: 2}, result)
+		y.appliedOnce(3)
+		assert.Equal(t, 2, y.count("deliveries", "status = 'discarded'"))
+		sweeper := deadletter.NewSweeper(y.js, y.db)
+		sweeper.MinAge = 0
+		_, err = sweeper.Sweep(t.Context())
+		require.NoError(t, err)
+		assert.Zero(t, y.letters())
+		assert.Equal(t, 2, y.count("deliveries", "status = 'discarded'"))
+	})
+}
+
 // crash stands for the end of the process at one step of a replay: from there on nothing more is done.
 type crash struct {
 	jetstream.JetStream

@@ -2,11 +2,14 @@ package command
 
 import (
 	"bytes"
+	"context"
+	"crypto/rand"
 	"fmt"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -225,6 +228,26 @@ func TestReplaysOfTheSameLettersCountEachOnce(t *testing.T) {
 		y.appliedOnce(n)
 		assert.Zero(t, y.letters())
 	})
+}
+
+func TestReplayCountsNoMoreThanItSelectedWhileEventsArrive(t *testing.T) {
+	t.Parallel()
+	y := newYard(t, "sqlite:"+filepath.Join(t.TempDir(), "usher.db"))
+	y.publish(names("early", 50)...)
+	ctx, stop := context.WithCancel(t.Context())
+	var arriving sync.WaitGroup
+	arriving.Go(func() {
+		for ctx.Err() == nil {
+			_, _ = y.js.PublishMsg(ctx, userEvent(rand.Text()))
+		}
+	})
+	for range 3 {
+		done := into[bulkResult](y.Run("replay", "--all", "--stop-at", "100", "--yes", "-o", "json").want(exitOK))
+		assert.LessOrEqual(t, done.Replayed+done.Earlier+done.LeftOut+done.Gone, done.Selected)
+		assert.GreaterOrEqual(t, done.Replayed, 50)
+	}
+	stop()
+	arriving.Wait()
 }
 
 // paste runs the command line that a run has printed, as a shell does.

@@ -66,9 +66,9 @@ type Known struct {
 // For is what the log says to this delivery of the event. A deliberate replay that the log has not seen yet
 // begins anew: its attempts count from zero, and an event that was applied is applied again. So does a dead one that its
 // sender sent again, which is another delivery; the same delivery is only the end of what a crash interrupted. The replay of a
-// dead letter does not repeat what was applied meanwhile.
+// dead letter does not repeat what was applied meanwhile, nor bring back what was discarded meanwhile.
 func (k Known) For(e *event.Event) Known {
-	if k.Status == Processed && strings.HasPrefix(e.ReplayID, stream.LetterReplay) {
+	if (k.Status == Processed || k.Status == Discarded) && strings.HasPrefix(e.ReplayID, stream.LetterReplay) {
 		return k
 	}
 	if e.ReplayID != "" && e.ReplayID != k.ReplayID || k.Status == Dead && !k.same(e) {
