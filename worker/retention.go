@@ -199,7 +199,14 @@ func (w *Worker) makeRoom(ctx context.Context) (fill, error) {
 		state := info.State
 		share := float64(f.bytes-target) / float64(f.bytes)
 		upTo := state.FirstSeq + max(uint64(math.Ceil(share*float64(state.LastSeq-state.FirstSeq+1))), 1)
-		if err := s.Purge(ctx, jetstream.WithPurgeSequence(min(upTo, keep))); err != nil {
+		upTo = min(upTo, keep)
+		// Room is needed most while the database is unavailable. Without the note the rows of the delivery log explain the purge.
+		noteCtx, cancel := context.WithTimeout(ctx, 2*time.Second)
+		if err := w.purging(noteCtx, upTo); err != nil {
+			w.deps.Log.Debug("purge not noted", zap.String("service", "worker"), zap.Error(err))
+		}
+		cancel()
+		if err := s.Purge(ctx, jetstream.WithPurgeSequence(upTo)); err != nil {
 			return f, fmt.Errorf("purge stream %s: %w", stream.Events, err)
 		}
 		if info, err = s.Info(ctx); err != nil {

@@ -303,6 +303,7 @@ func TestAStreamFullOfSettledEventsMakesRoom(t *testing.T) {
 	r.send(ids("after", 10)...)
 	r.ledger(time.Minute)
 	assert.Empty(t, r.health.Details())
+	r.looksWell()
 
 	// What somebody has not settled is never removed: then it is said who.
 	_, err = r.js.CreateConsumer(t.Context(), stream.Events, jetstream.ConsumerConfig{Durable: "billing", AckPolicy: jetstream.AckExplicitPolicy})
