@@ -303,6 +303,24 @@ func TestDeadLetteredUserIsNotPublishedAgain(t *testing.T) {
 	assert.EqualValues(t, 1, s.stored())
 }
 
+// TestUserOfAnotherSourceIsNotPublished: its row is not shown, and the event could only be dead-lettered.
+func TestUserOfAnotherSourceIsNotPublished(t *testing.T) {
+	t.Parallel()
+	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {
+		s := newSignUps(t, db, emulator.APIConfig{})
+		id, _ := s.clerk.SignUp()
+		require.Equal(t, http.StatusOK, s.ensure(id, "?wait=0s").status)
+		for _, deleted := range []any{nil, time.Now().UTC()} { // a tombstone is theirs as much
+			require.NoError(t, db.Exec("UPDATE users SET source = 'staging', deleted_at = ? WHERE id = ?", deleted, id).Error)
+			got := s.ensure(id, "?wait=0s")
+			assert.Equal(t, http.StatusServiceUnavailable, got.status)
+			assert.Equal(t, "wrong_source", got.Error.Code)
+			assert.Nil(t, got.User)
+		}
+		assert.EqualValues(t, 1, s.stored())
+	})
+}
+
 // TestDatabaseThatHasForgottenIsFilledAgain: the broker still knows the event, the database was made anew.
 func TestDatabaseThatHasForgottenIsFilledAgain(t *testing.T) {
 	t.Parallel()

@@ -158,3 +158,51 @@ func TestWhatTheVersionRuleHoldsBackIsSaid(t *testing.T) {
 		assert.EqualValues(t, 1, w.incremental().Drift.Stale)
 	})
 }
+
+// TestARowOfAnotherSourceIsHeldBack: it is neither overwritten, nor deleted, nor hidden as if it were this source's, living or a tombstone.
+func TestARowOfAnotherSourceIsHeldBack(t *testing.T) {
+	t.Parallel()
+	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {
+		w := newWorld(t, db, emulator.APIConfig{})
+		w.tell(40, all)
+		_, err := w.full(reconciler.Options{})
+		require.NoError(t, err)
+		w.settle()
+		var ids []string
+		for id := range w.living("users") {
+			ids = append(ids, id)
+		}
+		require.NoError(t, w.db.Exec("UPDATE users SET source = 'staging' WHERE id = ?", ids[0]).Error)
+		require.NoError(t, w.db.Exec("UPDATE users SET source = 'staging', deleted_at = ? WHERE id = ?", time.Now().UTC(), ids[1]).Error)
+		_, ok := w.clerk.Edit("users", ids[0], map[string]any{"first_name": "Grace"}) // newer than the row
+		require.True(t, ok)
+		_, ok = w.clerk.Remove("users", ids[2])
+		require.True(t, ok) // this source's own, and missed
+		require.NoError(t, w.db.Exec("UPDATE users SET source = 'staging' WHERE id = ?", ids[3]).Error)
+		_, ok = w.clerk.Remove("users", ids[3])
+		require.True(t, ok) // staging's, and none of this source's business
+
+		check := func(report *reconciler.Report) {
+			t.Helper()
+			assert.Equal(t, reconciler.HeldCounts{BySource: 2}, report.HeldBack)
+			assert.EqualValues(t, 2, report.Drift.Missing)
+			for _, item := range report.Items {
+				if item.ID == ids[0] || item.ID == ids[1] {
+					assert.Equal(t, reconciler.Missing, item.Drift)
+					assert.Equal(t, reconciler.HeldBySource, item.HeldBack)
+				}
+				assert.NotEqual(t, ids[3], item.ID)
+			}
+		}
+		check(w.verify())
+		report, err := w.full(reconciler.Options{})
+		require.NoError(t, err)
+		check(report)
+		for _, e := range w.settle() {
+			assert.NotContains(t, []string{ids[0], ids[1], ids[3]}, e.Object.ID)
+		}
+		var theirs int64
+		require.NoError(t, w.db.Table("users").Where("source = 'staging'").Count(&theirs).Error)
+		assert.EqualValues(t, 3, theirs)
+	})
+}

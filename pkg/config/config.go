@@ -188,7 +188,7 @@ func (e Environ) Lookup(key string) (string, bool) {
 }
 
 var (
-	sourceRE = regexp.MustCompile(`^USHER_SOURCE_([A-Z0-9_]+)_(SIGNING_SECRET|SECRET_KEY|INSTANCE_ID)=.`)
+	sourceRE = regexp.MustCompile(`^(?i:USHER_SOURCE)_([^=]+)_(?i:(SIGNING_SECRET|SECRET_KEY|INSTANCE_ID))=.`)
 	nameRE   = regexp.MustCompile(`^[a-z0-9][a-z0-9_-]{0,63}$`)
 	schemaRE = regexp.MustCompile(`^[a-z_][a-z0-9_]{0,62}$`)
 )
@@ -268,13 +268,18 @@ func (s *Settings) loadSources(environ Environ) Problems {
 		if m == nil {
 			continue
 		}
+		key, value, _ := strings.Cut(entry, "=")
 		name := strings.ToLower(m[1])
+		if key != strings.ToUpper(key) || !nameRE.MatchString(name) || strings.Contains(name, "-") {
+			// Not taken as another spelling of a source that has this name already, nor ignored: its events would be refused without a word.
+			problems = append(problems, key+": want USHER_SOURCE_<NAME>_"+strings.ToUpper(m[2])+", all in capital letters, the name of letters, digits and _, at most 64")
+			continue
+		}
 		src := byName[name]
 		if src == nil {
 			src = &Source{Name: name}
 			byName[name] = src
 		}
-		key, value, _ := strings.Cut(entry, "=")
 		switch m[2] {
 		case "SIGNING_SECRET":
 			if err := src.SigningSecrets.EnvDecode(context.Background(), value); err != nil {
@@ -287,15 +292,55 @@ func (s *Settings) loadSources(environ Environ) Problems {
 		}
 	}
 	def := Source{Name: s.Source, SigningSecrets: s.WebhookSigningSecret, SecretKey: s.ClerkSecretKey, InstanceID: s.ClerkInstanceID}
-	if _, taken := byName[s.Source]; taken {
-		problems = append(problems, fmt.Sprintf("USHER_SOURCE_%s_…: %q is the default source: set CLERK_WEBHOOK_SIGNING_SECRET instead", strings.ToUpper(s.Source), s.Source))
-	}
 	s.Sources = []Source{def}
 	for _, src := range byName {
 		s.Sources = append(s.Sources, *src)
 	}
 	slices.SortFunc(s.Sources[1:], func(a, b Source) int { return strings.Compare(a.Name, b.Name) })
+	// The names of two sources differ by more than what a variable cannot say.
+	for _, src := range s.Sources[1:] {
+		switch variable := "USHER_SOURCE_" + strings.ToUpper(src.Name) + "_…"; {
+		case src.Name == s.Source:
+			problems = append(problems, fmt.Sprintf("%s: %q is the default source: set CLERK_WEBHOOK_SIGNING_SECRET instead", variable, s.Source))
+		case src.Name == strings.ReplaceAll(strings.ToLower(s.Source), "-", "_"):
+			problems = append(problems, fmt.Sprintf("%s: %q and the default source %q (USHER_SOURCE) are too alike: name one otherwise", variable, src.Name, s.Source))
+		}
+	}
 	return problems
+}
+
+// SourceNames are the names of all sources, the default one first.
+func (s *Settings) SourceNames() []string {
+	names := make([]string, len(s.Sources))
+	for i := range s.Sources {
+		names[i] = s.Sources[i].Name
+	}
+	return names
+}
+
+// SourceWarnings says which sources are not apart as they are set: those that share a secret, a key or an instance. The texts hold no secret.
+func (s *Settings) SourceWarnings() []string {
+	var warnings []string
+	for i := range s.Sources {
+		for j := range i {
+			a, b := &s.Sources[j], &s.Sources[i]
+			both := fmt.Sprintf("sources %q and %q have the same ", a.Name, b.Name)
+			if slices.ContainsFunc(a.SigningSecrets, func(secret string) bool {
+				return slices.ContainsFunc(b.SigningSecrets, func(other string) bool {
+					return strings.TrimPrefix(secret, "whsec_") == strings.TrimPrefix(other, "whsec_")
+				})
+			}) {
+				warnings = append(warnings, both+"signing secret: who can send for one can send for the other; give each the secret of its own endpoint in Clerk")
+			}
+			if a.SecretKey != "" && a.SecretKey == b.SecretKey {
+				warnings = append(warnings, both+"secret key: both would be compared with one Clerk instance, whose objects belong to one source only; a source is one instance")
+			}
+			if a.InstanceID != "" && a.InstanceID == b.InstanceID {
+				warnings = append(warnings, both+"instance id: an object belongs to one source only, and the other's events about it are dead-lettered; a source is one instance")
+			}
+		}
+	}
+	return warnings
 }
 
 func (s *Settings) validate() Problems {

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"errors"
 	"strings"
 	"testing"
 
@@ -91,6 +92,53 @@ func TestSources(t *testing.T) {
 	require.Len(t, s.Sources, 2)
 	assert.Equal(t, "main", s.Sources[0].Name)
 	assert.Equal(t, Source{Name: "eu_prod", SigningSecrets: Secrets{secret}, InstanceID: "ins_1"}, s.Sources[1])
+}
+
+func TestNamesOfSourcesThatCollideAreRefused(t *testing.T) {
+	for name, c := range map[string]struct {
+		environ Environ
+		want    []string
+	}{
+		"the default, named again":      {Environ{"USHER_SOURCE_CLERK_SECRET_KEY=x"}, []string{"USHER_SOURCE_CLERK_…"}},
+		"the default, with a dash":      {Environ{"USHER_SOURCE=eu-prod", "USHER_SOURCE_EU_PROD_SECRET_KEY=x"}, []string{"USHER_SOURCE_EU_PROD_…"}},
+		"the default, in capitals":      {Environ{"USHER_SOURCE=EU", "USHER_SOURCE_EU_SECRET_KEY=x"}, []string{"USHER_SOURCE_EU_…", "USHER_SOURCE"}},
+		"small letters":                 {Environ{"USHER_SOURCE_EU_SECRET_KEY=x", "USHER_SOURCE_eu_SECRET_KEY=y"}, []string{"USHER_SOURCE_eu_SECRET_KEY"}},
+		"small letters in the setting":  {Environ{"USHER_SOURCE_EU_secret_key=x"}, []string{"USHER_SOURCE_EU_secret_key"}},
+		"a dash":                        {Environ{"USHER_SOURCE_EU_PROD_SECRET_KEY=x", "USHER_SOURCE_EU-PROD_SECRET_KEY=y"}, []string{"USHER_SOURCE_EU-PROD_SECRET_KEY"}},
+		"a name that no event may have": {Environ{"USHER_SOURCE__EU_SECRET_KEY=x", "USHER_SOURCE_A.B_INSTANCE_ID=x"}, []string{"USHER_SOURCE__EU_SECRET_KEY", "USHER_SOURCE_A.B_INSTANCE_ID"}},
+		"a long name":                   {Environ{"USHER_SOURCE_" + strings.Repeat("X", 65) + "_SECRET_KEY=x"}, []string{"USHER_SOURCE_" + strings.Repeat("X", 65) + "_SECRET_KEY"}},
+		"not set":                       {Environ{"USHER_SOURCE_eu_SECRET_KEY=", "USHER_SOURCE_EU_SECRET_KEY=x"}, nil},
+	} {
+		_, err := Load(c.environ, nil)
+		var problems Problems
+		errors.As(err, &problems)
+		var named []string
+		for _, problem := range problems {
+			setting, _, _ := strings.Cut(problem, ":")
+			named = append(named, setting)
+		}
+		assert.ElementsMatch(t, c.want, named, name)
+	}
+}
+
+func TestSourcesThatAreNotApartAreWarnedAbout(t *testing.T) {
+	const other = "whsec_YWJjZGVmZ2hpamtsbW5vcHFyc3R1dnd4"
+	s, err := Load(Environ{
+		"CLERK_WEBHOOK_SIGNING_SECRET=" + other + "," + secret, "USHER_SOURCE_A_SIGNING_SECRET=" + strings.TrimPrefix(secret, "whsec_"),
+		"CLERK_SECRET_KEY=sk_live_hush", "USHER_SOURCE_B_SECRET_KEY=sk_live_hush", "USHER_SOURCE_A_INSTANCE_ID=ins_1", "USHER_SOURCE_B_INSTANCE_ID=ins_1",
+	}, nil)
+	require.NoError(t, err)
+	warnings := s.SourceWarnings()
+	require.Len(t, warnings, 3)
+	assert.Contains(t, warnings[0], `"clerk" and "a" have the same signing secret`)
+	assert.Contains(t, warnings[1], `"clerk" and "b" have the same secret key`)
+	assert.Contains(t, warnings[2], `"a" and "b" have the same instance id`)
+	assert.NotContains(t, strings.Join(warnings, " "), "hush")
+	assert.NotContains(t, strings.Join(warnings, " "), "MTIz")
+
+	s, err = Load(Environ{"CLERK_WEBHOOK_SIGNING_SECRET=" + secret, "USHER_SOURCE_A_SIGNING_SECRET=" + other, "USHER_SOURCE_B_SECRET_KEY=x"}, nil)
+	require.NoError(t, err)
+	assert.Empty(t, s.SourceWarnings())
 }
 
 func TestOriginsAndMasks(t *testing.T) {

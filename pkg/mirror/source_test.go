@@ -150,3 +150,34 @@ func TestTheErrorOfAnotherSourcesEventSaysWhose(t *testing.T) {
 		})
 	}
 }
+
+func TestRowsOfASourceThatIsNotConfiguredAreNamed(t *testing.T) {
+	t.Parallel()
+	for _, kind := range databases {
+		t.Run(kind.name, func(t *testing.T) {
+			t.Parallel()
+			db := kind.open(t)
+			apply := func(source, id, body string) {
+				require.NoError(t, tryApply(t.Context(), db, of(source, decode(t, id, []byte(body)))))
+			}
+			texts, err := mirror.UnknownSources(t.Context(), db, nil)
+			require.NoError(t, err)
+			assert.Empty(t, texts)
+			apply("old", "msg_1", `{"type":"user.created","timestamp":1700000000000,"data":{"id":"user_1","object":"user","updated_at":1}}`)
+			apply("old", "msg_2", `{"type":"user.created","timestamp":1700000000000,"data":{"id":"user_2","object":"user","updated_at":1}}`)
+			apply("old", "msg_3", `{"type":"organization.created","timestamp":1700000000000,"data":{"id":"org_1","object":"organization","updated_at":1}}`)
+			apply("clerk", "msg_4", `{"type":"user.created","timestamp":1700000000000,"data":{"id":"user_4","object":"user","updated_at":1}}`)
+			apply("zed", "msg_5", `{"type":"organization.created","timestamp":1700000000000,"data":{"id":"org_2","object":"organization","updated_at":1}}`)
+			apply("gone", "msg_6", `{"type":"user.deleted","timestamp":1700000000000,"data":{"id":"user_6","object":"user","deleted":true}}`)
+
+			texts, err = mirror.UnknownSources(t.Context(), db, []string{"clerk", "staging"})
+			require.NoError(t, err)
+			require.Len(t, texts, 2)
+			assert.Contains(t, texts[0], `rows of source "old", which is not configured: 2 users, 1 organizations;`)
+			assert.Contains(t, texts[1], `rows of source "zed", which is not configured: 1 organizations;`)
+			texts, err = mirror.UnknownSources(t.Context(), db, []string{"zed", "clerk", "old"})
+			require.NoError(t, err)
+			assert.Empty(t, texts)
+		})
+	}
+}

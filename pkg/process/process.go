@@ -112,6 +112,9 @@ func Run(ctx context.Context, environ config.Environ, stderr io.Writer, program 
 		return Failed
 	}
 	defer func() { _ = log.Sync() }() // a terminal refuses it, and nothing could be done
+	for _, warning := range settings.SourceWarnings() {
+		log.Warn(warning, zap.String("service", program.Name))
+	}
 	p := &Process{Settings: settings, Log: log, Registry: observe.NewRegistry(), Health: &observe.Health{}, name: program.Name}
 	if err := p.run(ctx, program.Start); err != nil {
 		log.Error(program.Name+" failed", zap.String("service", program.Name), zap.Error(err))

@@ -30,6 +30,7 @@ import (
 	"github.com/usherhq/usher/pkg/database"
 	"github.com/usherhq/usher/pkg/lag"
 	"github.com/usherhq/usher/pkg/lifecycle"
+	"github.com/usherhq/usher/pkg/mirror"
 	"github.com/usherhq/usher/pkg/observe"
 	"github.com/usherhq/usher/pkg/stream"
 	"github.com/usherhq/usher/reconciler"
@@ -140,6 +141,9 @@ func New(ctx context.Context, cfg Config) (_ *Instance, err error) {
 		log.Log(level, "not as configured, and left as it is", zap.String("object", d.Object), zap.String("field", d.Field), zap.String("have", d.Have), zap.String("want", d.Want),
 			zap.Bool("fatal", d.Fatal), zap.String("effect", d.Effect), zap.String("fix", d.Fix))
 	}
+	if err := i.warnOfSources(ctx); err != nil {
+		return nil, err
+	}
 	if b.embedded() {
 		if err := i.takeBack(ctx, topology); err != nil {
 			return nil, err
@@ -160,6 +164,18 @@ func New(ctx context.Context, cfg Config) (_ *Instance, err error) {
 	i.lag.Look(ctx)
 	i.starting.Store(nil)
 	return i, nil
+}
+
+// warnOfSources logs which sources are not apart, and whose rows are nobody's.
+func (i *Instance) warnOfSources(ctx context.Context) error {
+	unknown, err := mirror.UnknownSources(ctx, i.DB, i.cfg.Settings.SourceNames())
+	if err != nil {
+		return err
+	}
+	for _, warning := range append(i.cfg.Settings.SourceWarnings(), unknown...) {
+		i.cfg.Log.Warn(warning)
+	}
+	return nil
 }
 
 func (i *Instance) waitingFor(what string) { i.starting.Store(&what) }

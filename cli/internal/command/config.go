@@ -2,6 +2,7 @@ package command
 
 import (
 	"cmp"
+	"fmt"
 
 	"github.com/spf13/cobra"
 
@@ -21,6 +22,9 @@ func (c *cli) config() *cobra.Command {
 			settings, err := c.settings()
 			if err != nil {
 				return err
+			}
+			for _, warning := range settings.SourceWarnings() {
+				_, _ = fmt.Fprintln(c.env.Stderr, "warning:", warning)
 			}
 			return printListing(c.env.Stdout, o, listing[config.Setting]{Items: settings.List()},
 				[]string{"name", "value", "origin"}, func(s config.Setting) []string {

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"slices"
 
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/spf13/cobra"
@@ -12,6 +14,7 @@ import (
 
 	"github.com/usherhq/usher/cli/internal/allinone"
 	"github.com/usherhq/usher/pkg/database"
+	"github.com/usherhq/usher/pkg/mirror"
 	"github.com/usherhq/usher/pkg/stream"
 	"github.com/usherhq/usher/worker"
 )
@@ -119,7 +122,27 @@ func (r *reach) setup(ctx context.Context, how allinone.Mode) (allinone.SetupRep
 	topology := stream.Topology{Replicas: r.settings.StreamReplicas, MaxBytes: int64(r.settings.StreamMaxBytes), Handlers: worker.Specs()}
 	report, err := allinone.Setup(ctx, db, js, topology, how)
 	report.Broker = &durability
-	return report, err
+	if err != nil {
+		return report, err
+	}
+	return report, r.warnOfSources(ctx, db, report.Migrations.Pending)
+}
+
+// warnOfSources says which sources are not apart, and whose rows are nobody's. A database that a plan leaves without the tables has none.
+func (r *reach) warnOfSources(ctx context.Context, db *gorm.DB, pending []string) error {
+	warnings := r.settings.SourceWarnings()
+	if len(pending) == 0 {
+		names := append(r.settings.SourceNames(), slices.Collect(maps.Keys(r.state.Instances))...)
+		unknown, err := mirror.UnknownSources(ctx, db, names)
+		if err != nil {
+			return err
+		}
+		warnings = append(warnings, unknown...)
+	}
+	for _, warning := range warnings {
+		_, _ = fmt.Fprintln(r.cli.env.Stderr, "warning:", warning)
+	}
+	return nil
 }
 
 // durability asks whether the broker syncs, unless it is the one that a running serve or dev embeds.
