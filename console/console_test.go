@@ -216,7 +216,7 @@ func TestReadinessFollowsTheStreamsAndTheBroker(t *testing.T) {
 	r := start(t, broker, console.Config{}, console.Deps{})
 	problem := func() string { return r.health.Problems()[console.Name] }
 
-	require.Eventually(t, func() bool { return problem() == stream.ErrSetup.Error() }, 15*time.Second, 10*time.Millisecond)
+	require.Eventually(t, func() bool { return problem() == "stream CLERK_EVENTS: "+stream.ErrSetup.Error() }, time.Minute, 10*time.Millisecond)
 	got := r.do(t, http.MethodGet, "/api/consumers", nil)
 	assert.Equal(t, http.StatusServiceUnavailable, got.status)
 	assert.Contains(t, got.body, "usher setup")
