@@ -59,7 +59,7 @@ func ConfigFrom(s *config.Settings) Config {
 	return Config{
 		Replicas: s.StreamReplicas, Sources: clerk.SourcesFrom(s),
 		Interval: s.ReconcileInterval, FullInterval: s.ReconcileFullInterval, SilenceAfter: s.SilenceAfter,
-		Alerts: outbox.Alerts{Email: s.AlertEmail, Mail: s.SMTPURL != "", Slack: s.SlackWebhookURL != ""},
+		Alerts: outbox.AlertsFrom(s),
 	}
 }
 

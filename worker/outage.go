@@ -84,7 +84,7 @@ func (o *outage) over() time.Duration {
 func (l *loop) waitOut(ctx context.Context, cause error) bool {
 	for {
 		delay, tell := l.outage.next(cause)
-		if tell {
+		if tell && !errors.Is(cause, errForeign) { // the watch has said that
 			l.log.Warn("outage, handler pauses", zap.Error(cause), zap.Duration("delay", delay))
 		}
 		select {

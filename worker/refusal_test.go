@@ -230,7 +230,7 @@ func TestLettersThatAreRefusedStopNobody(t *testing.T) {
 			fix()
 			_, dead := r.ledger(60 * time.Second)
 			assert.Len(t, dead, 40)
-			assert.Empty(t, r.health.Problems())
+			require.Eventually(t, func() bool { return len(r.health.Problems()) == 0 }, 60*time.Second, 10*time.Millisecond)
 		})
 	}
 }

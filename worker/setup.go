@@ -14,7 +14,8 @@ import (
 
 // setups are what is wrong with the streams and with the consumer of each handler: they are there, and lose or withhold events.
 type setups struct {
-	streams   trouble
+	events    trouble
+	letters   trouble // which concern failing events only: no handler pauses
 	consumers map[string]*trouble
 }
 
@@ -23,7 +24,9 @@ func (w *Worker) watchSetup(ctx context.Context) {
 	ticker := time.NewTicker(watchInterval)
 	defer ticker.Stop()
 	for {
-		w.noteSetup(ctx, &w.setups.streams, w.checkStreams)
+		for name, known := range map[string]*trouble{stream.Events: &w.setups.events, stream.DeadLetters: &w.setups.letters} {
+			w.noteSetup(ctx, known, func(ctx context.Context) error { return w.checkStream(ctx, name) })
+		}
 		for _, r := range w.cfg.Handlers {
 			name := r.Handler.Name()
 			w.noteSetup(ctx, w.setups.consumers[name], func(ctx context.Context) error {
@@ -64,25 +67,20 @@ func (w *Worker) noteSetup(ctx context.Context, known *trouble, look func(contex
 	}
 }
 
-func (w *Worker) checkStreams(ctx context.Context) error {
-	var errs []error
-	for _, name := range []string{stream.Events, stream.DeadLetters} {
-		s, err := w.deps.JetStream.Stream(ctx, name)
-		switch {
-		case errors.Is(err, jetstream.ErrStreamNotFound):
-			errs = append(errs, fmt.Errorf("stream %s is missing: run `usher setup`", name))
-		case err != nil:
-			return errNotAsked
-		default:
-			errs = append(errs, stream.CheckStream(s.CachedInfo().Config))
-		}
+func (w *Worker) checkStream(ctx context.Context, name string) error {
+	s, err := w.deps.JetStream.Stream(ctx, name)
+	switch {
+	case errors.Is(err, jetstream.ErrStreamNotFound):
+		return fmt.Errorf("stream %s is missing: run `usher setup`", name)
+	case err != nil:
+		return errNotAsked
 	}
-	return errors.Join(errs...)
+	return stream.CheckStream(s.CachedInfo().Config)
 }
 
 // check is the readiness of a handler as far as the setup goes.
 func (s *setups) check(handler string) error {
-	if err := s.streams.check(); err != nil {
+	if err := s.events.check(); err != nil {
 		return err
 	}
 	return s.consumers[handler].check()

@@ -21,7 +21,7 @@ func TestAStreamOrConsumerThatLosesEventsIsNotReady(t *testing.T) {
 	says := func(words ...string) {
 		t.Helper()
 		require.Eventually(t, func() bool {
-			problem := r.health.Problems()["worker effects"]
+			problem := r.health.Problems()["worker effects"] + r.health.Problems()["dead letters"]
 			for _, w := range words {
 				if !strings.Contains(problem, w) {
 					return false

@@ -16,6 +16,7 @@ import (
 
 	"github.com/usherhq/usher/pkg/database"
 	"github.com/usherhq/usher/pkg/event"
+	"github.com/usherhq/usher/pkg/outbox"
 	"github.com/usherhq/usher/pkg/stream"
 )
 
@@ -28,6 +29,7 @@ type watch struct {
 	process string
 	js      jetstream.JetStream
 	db      *gorm.DB
+	alerts  outbox.Alerts
 	log     *zap.Logger
 	first   chan struct{} // closed after the first look
 
@@ -39,6 +41,7 @@ type watch struct {
 	sample  *mark // the last event that this process settled
 	old     *mark // the same, a look earlier: its row must be there
 	freed   bool  // the other broker was let go at the look before
+	seen    seen  // also while the database cannot be asked
 	suspect kind  // of what the look before found, to be confirmed
 }
 
@@ -47,6 +50,12 @@ type mark struct {
 	ref event.Ref
 	seq uint64
 	at  time.Time
+}
+
+// seen is the highest sequence that this process saw of a stream.
+type seen struct {
+	streamID string
+	lastSeq  int64
 }
 
 // watchRow is a row of the table stream_watch.
@@ -86,8 +95,9 @@ func newWatch(w *Worker, r Registration, process string) *watch {
 	consumer := (stream.Topology{}).Consumer(stream.HandlerSpec{Name: r.Handler.Name(), Filters: r.Filters})
 	return &watch{
 		handler: r.Handler.Name(), filters: consumer.FilterSubjects, process: process, js: w.deps.JetStream, db: w.deps.DB,
-		log:   w.deps.Log.With(zap.String("service", "worker"), zap.String("handler", r.Handler.Name())),
-		first: make(chan struct{}), looked: errNotLooked,
+		alerts: w.cfg.Alerts,
+		log:    w.deps.Log.With(zap.String("service", "worker"), zap.String("handler", r.Handler.Name())),
+		first:  make(chan struct{}), looked: errNotLooked,
 	}
 }
 
@@ -161,8 +171,22 @@ func (w *watch) problem() error {
 	return w.gap
 }
 
-// check is readiness, also while no event comes. The handler works where something is missing; it pauses for another broker.
-func (w *watch) check() error { return w.problem() }
+// check is readiness, also while no event comes: what is missing. The handler works all the same.
+func (w *watch) check() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.gap
+}
+
+// paused is why the handler may not work, though the broker has nothing for it yet: nil, or another broker's work on the database.
+func (w *watch) paused() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.foreign == nil {
+		return nil
+	}
+	return fmt.Errorf("paused: %w", w.foreign)
+}
 
 // lost is how many events are known to be missing.
 func (w *watch) lost() float64 {
@@ -225,6 +249,9 @@ func (w *watch) look(ctx context.Context) (suspected bool, err error) {
 	// The row comes first: what it remembers was true before the broker is asked.
 	var rows []watchRow
 	if err := w.db.WithContext(ctx).Where("handler = ?", w.handler).Find(&rows).Error; err != nil {
+		if s, err := w.js.Stream(ctx, stream.Events); err == nil {
+			w.sees(s.CachedInfo())
+		}
 		return false, fmt.Errorf("read what was seen of the stream: %w", err)
 	}
 	now, err := databaseTime(ctx, w.db)
@@ -236,13 +263,14 @@ func (w *watch) look(ctx context.Context) (suspected bool, err error) {
 		return false, fmt.Errorf("look up stream %s: %w", stream.Events, err)
 	}
 	info := s.CachedInfo()
+	before := w.sees(info)
 	consumer, err := w.js.Consumer(ctx, stream.Events, w.handler)
 	if err != nil {
 		return false, fmt.Errorf("look up consumer %s: %w", w.handler, err)
 	}
 	c := consumer.CachedInfo()
 	next := watchRow{
-		Handler: w.handler, StreamID: info.Created.UTC().Format(time.RFC3339Nano), Process: w.process, SeenAt: now,
+		Handler: w.handler, StreamID: streamID(info), Process: w.process, SeenAt: now,
 		LastSeq: int64(info.State.LastSeq), FloorSeq: int64(c.AckFloor.Stream), Holes: int64(info.State.NumDeleted),
 	}
 	if c.NumPending == 0 && c.NumAckPending == 0 {
@@ -255,9 +283,13 @@ func (w *watch) look(ctx context.Context) (suspected bool, err error) {
 	if row != nil && w.isForeign(row, &next, now) {
 		return false, nil
 	}
+	if row != nil && before.streamID == row.StreamID {
+		row.LastSeq = max(row.LastSeq, before.lastSeq)
+	}
 	found, err := w.compare(ctx, s, info, c, row, &next)
 	if err != nil {
-		return false, err
+		// What cannot be compared now, as while the delivery log is unusable, may be lost before it can be.
+		return false, errors.Join(err, w.advance(ctx, seen{next.StreamID, next.LastSeq}))
 	}
 	if found != nil && !w.confirmed(found) {
 		return true, nil
@@ -272,6 +304,30 @@ func (w *watch) look(ctx context.Context) (suspected bool, err error) {
 	w.old = w.sample
 	w.mu.Unlock()
 	return false, nil
+}
+
+func streamID(info *jetstream.StreamInfo) string { return info.Created.UTC().Format(time.RFC3339Nano) }
+
+// sees notes how far the stream has come, and returns what was noted before.
+func (w *watch) sees(info *jetstream.StreamInfo) seen {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	before := w.seen
+	w.seen = seen{streamID(info), int64(info.State.LastSeq)}
+	if before.streamID == w.seen.streamID { // until the loss of the newest events is written
+		w.seen.lastSeq = max(w.seen.lastSeq, before.lastSeq)
+	}
+	return before
+}
+
+// advance remembers in the database how far the stream has come, and nothing else.
+func (w *watch) advance(ctx context.Context, to seen) error {
+	err := w.db.WithContext(ctx).Exec("UPDATE stream_watch SET last_seq = ? WHERE handler = ? AND stream_id = ? AND last_seq < ?",
+		to.lastSeq, w.handler, to.streamID, to.lastSeq).Error
+	if err != nil {
+		return fmt.Errorf("remember how far the stream has come: %w", err)
+	}
+	return nil
 }
 
 func (w *watch) confirmed(f *finding) bool {
@@ -467,10 +523,14 @@ func (w *watch) write(ctx context.Context, s jetstream.Stream, row, next *watchR
 		next.Gap, next.GapEvents, next.GapFrom, next.GapTo, next.GapFoundAt = have.Gap, have.GapEvents, have.GapFrom, have.GapTo, have.GapFoundAt
 		switch {
 		case found != nil:
-			next.Gap, next.GapEvents, next.GapFoundAt = found.text, found.events, &now
-			next.GapFrom, next.GapTo = int64(found.from), int64(found.to)
+			next.add(found, now)
+			if err := next.tell(tx, w.alerts); err != nil {
+				return err
+			}
 		case over && row.Gap == have.Gap:
-			next.Gap, next.GapEvents, next.GapFrom, next.GapTo, next.GapFoundAt = "", 0, 0, 0, nil
+			if err := next.end(tx, w.alerts, now); err != nil {
+				return err
+			}
 		}
 		if found != nil { // told once
 			next.PurgedSeq = max(have.PurgedSeq, first-1)
@@ -489,6 +549,7 @@ func (w *watch) write(ctx context.Context, s jetstream.Stream, row, next *watchR
 	if result.Handler == "" {
 		return nil
 	}
+	w.seen = seen{result.StreamID, result.LastSeq}
 	w.foreign, w.gap, w.missing = nil, nil, result.GapEvents
 	if result.Gap != "" {
 		w.gap = fmt.Errorf("%s: %s", result.Gap, result.heal())
@@ -496,9 +557,100 @@ func (w *watch) write(ctx context.Context, s jetstream.Stream, row, next *watchR
 	return nil
 }
 
+// add notes one more thing that is missing.
+func (r *watchRow) add(f *finding, now time.Time) {
+	const most = 1 << 10
+	text, from, to := f.text, int64(f.from), int64(f.to)
+	if r.Gap != "" && len(r.Gap) < most {
+		text = r.Gap + "; " + text
+		if r.GapFrom == 0 || from == 0 { // a replay would not bring all of it
+			from, to = 0, 0
+		} else {
+			from, to = min(from, r.GapFrom), max(to, r.GapTo)
+		}
+	}
+	r.Gap, r.GapEvents, r.GapFrom, r.GapTo, r.GapFoundAt = text, r.GapEvents+f.events, from, to, &now
+}
+
+// Kinds of the alerts in the outbox.
+const (
+	kindStalled     = "stalled"
+	kindStalledOver = "stalled_over"
+)
+
+// alertKey names a finding among the alerts.
+func (r *watchRow) alertKey(kind string) string {
+	return fmt.Sprintf("%s/stream/%s/%d", kind, r.Handler, r.GapFoundAt.UnixMicro())
+}
+
+// tell raises the alert of what was found, in the transaction that remembers it: once.
+func (r *watchRow) tell(tx *gorm.DB, alerts outbox.Alerts) error {
+	_, err := alerts.Enqueue(tx, outbox.Notification{
+		EffectKey: r.alertKey(kindStalled), Kind: kindStalled,
+		Subject: fmt.Sprintf("Usher: events are missing, handler %s (stalled)", r.Handler),
+		Body: fmt.Sprintf("Broker and database do not agree about handler %s: %s.\n\nWhat to do: %s.\n\n"+
+			"Events that are there are applied meanwhile. /readyz of the worker and the metric usher_worker_stream_gap say when it is over.\n", r.Handler, r.Gap, r.heal()),
+	})
+	return err //nolint:wrapcheck // it says what it was about
+}
+
+// end ends a finding, and tells so.
+func (r *watchRow) end(tx *gorm.DB, alerts outbox.Alerts, now time.Time) error {
+	found := now
+	if r.GapFoundAt != nil {
+		found = *r.GapFoundAt
+		_, err := alerts.Enqueue(tx, outbox.Notification{
+			EffectKey: r.alertKey(kindStalledOver), Kind: kindStalledOver,
+			Subject: fmt.Sprintf("Usher: events are missing no more, handler %s (stalled, over)", r.Handler),
+			Body: fmt.Sprintf("Broker and database agree again about handler %s. Since %s (%s): %s.\n", r.Handler, found.UTC().Format(time.RFC3339),
+				now.Sub(found).Round(time.Second), r.Gap),
+		})
+		if err != nil {
+			return err //nolint:wrapcheck // it says what it was about
+		}
+	}
+	r.Gap, r.GapEvents, r.GapFrom, r.GapTo, r.GapFoundAt = "", 0, 0, 0, nil
+	return nil
+}
+
+// AcceptLoss ends what workers have found missing, by an operator's word and not because it is there again. It returns what was ended, in
+// words. Workers follow within seconds.
+func AcceptLoss(ctx context.Context, db *gorm.DB, alerts outbox.Alerts) ([]string, error) {
+	var accepted []string
+	now, err := databaseTime(ctx, db)
+	if err != nil {
+		return nil, err
+	}
+	err = database.InTx(ctx, db, func(tx *gorm.DB) error {
+		accepted = nil
+		q := tx.Where("gap <> ''").Order("handler")
+		if database.IsPostgres(tx) {
+			q = q.Clauses(clause.Locking{Strength: "UPDATE"})
+		}
+		var rows []watchRow
+		if err := q.Find(&rows).Error; err != nil {
+			return err
+		}
+		for i := range rows {
+			accepted = append(accepted, fmt.Sprintf("handler %s: %s", rows[i].Handler, rows[i].Gap))
+			if err := rows[i].end(tx, alerts, now); err != nil {
+				return err
+			}
+			if err := tx.Save(&rows[i]).Error; err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("accept what is missing: %w", err)
+	}
+	return accepted, nil
+}
+
 // heal is what an operator does about a gap.
 func (r *watchRow) heal() string {
-	full := "run `usher reconcile --full`, which ends this alert"
+	full := "run `usher reconcile --full`, which ends this alert (without Clerk's API `usher setup --accept-loss` does)"
 	if r.GapFrom > 0 {
 		return fmt.Sprintf("run `usher replay --from-seq %d --handler %s`, or where the events are gone meanwhile %s", r.GapFrom, r.Handler, full)
 	}
@@ -611,10 +763,19 @@ func (w *watch) firstWithoutRow(ctx context.Context, s jetstream.Stream, low, ba
 	return from, at, nil
 }
 
-// release lets the database go, so that another broker need not wait.
+// release lets the database go, so that another broker need not wait, and remembers how far the stream has come.
 func (w *watch) release(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, drainWait)
 	defer cancel()
+	if w.problem() == nil && w.js.Conn().IsConnected() {
+		if s, err := w.js.Stream(ctx, stream.Events); err == nil {
+			w.sees(s.CachedInfo())
+		}
+		w.mu.Lock()
+		last := w.seen
+		w.mu.Unlock()
+		_ = w.advance(ctx, last) // who died has not done it either
+	}
 	// It is only quicker: who died takes watchStale.
 	_ = w.db.WithContext(ctx).Table("stream_watch").Where("handler = ? AND process = ?", w.handler, w.process).Update("seen_at", released).Error
 }

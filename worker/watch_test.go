@@ -9,10 +9,12 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"go.uber.org/zap"
 	"gorm.io/gorm"
 
 	"github.com/usherhq/usher/pkg/dbtest"
 	"github.com/usherhq/usher/pkg/observe"
+	"github.com/usherhq/usher/pkg/outbox"
 	"github.com/usherhq/usher/pkg/replay"
 	"github.com/usherhq/usher/pkg/stream"
 	"github.com/usherhq/usher/worker"
@@ -138,6 +140,68 @@ func TestADatabaseThatIsBehindTheBrokerIsNoticed(t *testing.T) {
 	}
 }
 
+// alerts are the kinds of the alerts, each of which holds text.
+func (r *rig) alerts(text string) []string {
+	r.t.Helper()
+	var rows []outbox.Notification
+	require.NoError(r.t, r.db.Order("created_at, kind").Find(&rows).Error)
+	var kinds []string
+	for _, n := range rows {
+		assert.Contains(r.t, n.Body, text)
+		kinds = append(kinds, n.Kind)
+	}
+	return kinds
+}
+
+// TestWhatTheLogDoesNotTakeIsMissedAllTheSame: the newest events are lost while nothing could be compared, and an operator accepts that.
+func TestWhatTheLogDoesNotTakeIsMissedAllTheSame(t *testing.T) {
+	t.Parallel()
+	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {
+		r := newRig(t, db, worker.Config{}, nil)
+		r.send(ids("before", 10)...)
+		r.work()
+		r.all(10)
+		r.looksWell()
+		require.NoError(t, db.Exec("ALTER TABLE deliveries RENAME TO elsewhere").Error)
+		r.send(ids("lost", 20)...)
+		require.Eventually(t, func() bool {
+			var last []int64
+			return db.Table("stream_watch").Pluck("last_seq", &last).Error == nil && len(last) == 1 && last[0] == 30
+		}, 60*time.Second, 20*time.Millisecond)
+		r.stop()
+		require.NoError(t, db.Exec("ALTER TABLE elsewhere RENAME TO deliveries").Error)
+		require.NoError(t, r.js.DeleteStream(t.Context(), stream.Events))
+		_, err := (stream.Topology{Replicas: 1, MaxBytes: 1 << 30, Handlers: []stream.HandlerSpec{{Name: "effects"}}}).Ensure(t.Context(), r.js)
+		require.NoError(t, err)
+		r.work()
+		r.says("20 of its events had not been settled", "usher setup --accept-loss")
+		accepted, err := worker.AcceptLoss(t.Context(), db, outbox.Alerts{})
+		require.NoError(t, err)
+		require.Len(t, accepted, 1)
+		assert.Contains(t, accepted[0], "handler effects: the stream was recreated")
+		require.Eventually(t, func() bool { return len(r.health.Problems()) == 0 }, 60*time.Second, 20*time.Millisecond)
+		r.looksWell()
+		assert.Equal(t, []string{"stalled", "stalled_over"}, r.alerts("20 of its events had not been settled"))
+		accepted, err = worker.AcceptLoss(t.Context(), db, outbox.Alerts{})
+		require.NoError(t, err)
+		assert.Empty(t, accepted)
+	})
+}
+
+// TestAStopRemembersHowFarTheStreamHasCome: what came just before it is missed when the broker loses it.
+func TestAStopRemembersHowFarTheStreamHasCome(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, dbtest.SQLite(t), worker.Config{}, nil)
+	r.work()
+	r.looksWell()
+	r.send(ids("late", 30)...)
+	r.all(30)
+	r.stop()
+	var last []int64
+	require.NoError(t, r.db.Table("stream_watch").Pluck("last_seq", &last).Error)
+	assert.Equal(t, []int64{30}, last)
+}
+
 func TestEventsThatTheStreamHasLostAreNoticed(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
@@ -181,11 +245,13 @@ func TestEventsThatTheStreamHasLostAreNoticed(t *testing.T) {
 			c.lose(r)
 			r.work()
 			r.says(c.says, "usher reconcile --full")
+			assert.Equal(t, []string{"stalled"}, r.alerts(c.says))
 			r.swept()
 			require.Eventually(t, func() bool { return len(r.health.Problems()) == 0 }, 60*time.Second, 20*time.Millisecond)
 			r.send("after")
 			require.Eventually(t, func() bool { return r.effects.Count(t)["after"] == 1 }, 60*time.Second, 20*time.Millisecond)
 			r.looksWell()
+			assert.Equal(t, []string{"stalled", "stalled_over"}, r.alerts(c.says))
 		})
 	}
 }
@@ -240,9 +306,11 @@ func TestTwoBrokersOnOneDatabase(t *testing.T) {
 		second.work()
 		second.notReady("this database belongs to another broker, which is at work")
 		assert.Empty(t, first.health.Problems())
+		assert.Equal(t, 1.0, second.gauge("usher_worker_paused")) //nolint:testifylint // exact
 		first.send("first_more")
 		first.all(6)
 		assert.Len(t, first.effects.Count(t), 6, "nothing of the second")
+		assert.Equal(t, 1, second.logs.FilterLevelExact(zap.WarnLevel).Len()+second.logs.FilterLevelExact(zap.ErrorLevel).Len(), "said once: %v", second.logs.All())
 		first.stop()
 		require.Eventually(t, func() bool { return len(second.effects.Count(t)) == 11 }, 60*time.Second, 20*time.Millisecond)
 		require.Eventually(t, func() bool { return len(second.health.Problems()) == 0 }, 60*time.Second, 20*time.Millisecond)

@@ -1,6 +1,7 @@
 package worker
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -17,6 +18,7 @@ import (
 	"github.com/usherhq/usher/pkg/deadletter"
 	"github.com/usherhq/usher/pkg/mirror"
 	"github.com/usherhq/usher/pkg/observe"
+	"github.com/usherhq/usher/pkg/outbox"
 	"github.com/usherhq/usher/pkg/stream"
 )
 
@@ -43,11 +45,16 @@ type Config struct {
 	MaxBytes int64
 	// PurgeInterval is about how often the stream and the delivery log are cleaned (5 min).
 	PurgeInterval time.Duration
+	// Alerts says where alerts go.
+	Alerts outbox.Alerts
 }
 
 // ConfigFrom takes what the worker needs from the settings.
 func ConfigFrom(s *config.Settings) Config {
-	c := Config{Instances: map[string]string{}, Retention: s.Retention, Attempts: s.RetryAttempts, RetryInitial: s.RetryInitial, RetryMax: s.RetryMax}
+	c := Config{
+		Instances: map[string]string{}, Retention: s.Retention, Attempts: s.RetryAttempts, RetryInitial: s.RetryInitial, RetryMax: s.RetryMax,
+		Alerts: outbox.AlertsFrom(s),
+	}
 	for _, src := range s.Sources {
 		c.Instances[src.Name] = src.InstanceID
 	}
@@ -173,8 +180,8 @@ func (w *Worker) Run(ctx context.Context) error {
 	for name, one := range w.watches {
 		w.deps.Health.Add("stream of "+name, one.check)
 	}
-	w.deps.Health.Add("dead letters", w.letters.check)
 	w.deps.Health.AddDetail("stream", w.fill.check)
+	w.deps.Health.Add("dead letters", func() error { return cmp.Or(w.letters.check(), w.setups.letters.check()) })
 	if err := w.waitForDatabase(ctx); err != nil {
 		return err
 	}
@@ -233,7 +240,7 @@ func (w *Worker) check(handler string) error {
 			return err
 		}
 	}
-	if err := w.setups.check(handler); err != nil {
+	if err := cmp.Or(w.watches[handler].paused(), w.setups.check(handler)); err != nil {
 		return err
 	}
 	if err := w.waiting.check(); err != nil {
@@ -318,6 +325,7 @@ func (w *Worker) sweepLetters(ctx context.Context) {
 		switch {
 		case ctx.Err() != nil:
 			return
+		case errors.Is(err, errForeign): // the watch has said it
 		case err != nil:
 			log.Warn("dead letters not compared with their index", zap.Error(err))
 		case swept.Indexed+swept.Deleted > 0:

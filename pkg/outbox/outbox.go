@@ -13,6 +13,8 @@ import (
 	"github.com/segmentio/ksuid"
 	"gorm.io/gorm"
 	"gorm.io/gorm/clause"
+
+	"github.com/usherhq/usher/pkg/config"
 )
 
 // Channel is a way to people.
@@ -74,6 +76,11 @@ type Alerts struct {
 	Email string // the receiver; empty for none
 	Mail  bool   // there is a mail server
 	Slack bool   // there is a Slack webhook
+}
+
+// AlertsFrom says what the settings have for alerts.
+func AlertsFrom(s *config.Settings) Alerts {
+	return Alerts{Email: s.AlertEmail, Mail: s.SMTPURL != "", Slack: s.SlackWebhookURL != ""}
 }
 
 // Enqueue writes an alert for every channel that the settings have a receiver on, as [Enqueue] does; Channel, Recipient and Status are

@@ -15,13 +15,14 @@ import (
 	"github.com/usherhq/usher/cli/internal/allinone"
 	"github.com/usherhq/usher/pkg/database"
 	"github.com/usherhq/usher/pkg/mirror"
+	"github.com/usherhq/usher/pkg/outbox"
 	"github.com/usherhq/usher/pkg/stream"
 	"github.com/usherhq/usher/worker"
 )
 
 func (c *cli) setup() *cobra.Command {
 	var o output
-	var plan, apply bool
+	var plan, apply, acceptLoss bool
 	cmd := &cobra.Command{
 		Use:   "setup",
 		Short: "Run the migrations and create the streams and consumers that are missing",
@@ -32,7 +33,9 @@ func (c *cli) setup() *cobra.Command {
 			"dev and serve do the same when they start, with their own broker as --apply does. It asks whether the broker\n" +
 			"syncs to disk before it confirms an event, and refuses one that does not (USHER_ALLOW_UNSYNCED_BROKER=true takes it).\n\n" +
 			"Exit code 0: everything is as wanted. 1: differences remain. 2: it could not check. With --plan nothing is\n" +
-			"changed, and the exit code is 0 whatever is found.",
+			"changed, and the exit code is 0 whatever is found.\n\n" +
+			"With --accept-loss it only ends the workers' alert that broker or database have lost events, once you have seen to\n" +
+			"it: what is missing stays missing. `usher reconcile --full` brings it where Clerk's API can be read, and ends the alert itself.",
 		Example: "  usher setup --plan\n  usher setup --apply\n" +
 			"  USHER_DATABASE_URL=postgres://… USHER_NATS_URL=nats://… usher setup --stream-replicas 3\n" +
 			"  usher setup --output json",
@@ -52,6 +55,12 @@ func (c *cli) setup() *cobra.Command {
 				return err
 			}
 			defer r.close()
+			if acceptLoss {
+				if plan || apply {
+					return errors.New("--accept-loss: takes neither --plan nor --apply")
+				}
+				return r.acceptLoss(cmd.Context())
+			}
 			report, err := r.setup(cmd.Context(), how)
 			if err != nil {
 				return err
@@ -77,9 +86,32 @@ func (c *cli) setup() *cobra.Command {
 	}
 	cmd.Flags().BoolVar(&plan, "plan", false, "only show what would be done")
 	cmd.Flags().BoolVar(&apply, "apply", false, "also change what differs on the broker, where it can be changed in place")
+	cmd.Flags().BoolVar(&acceptLoss, "accept-loss", false, "only end the alert about events that broker or database have lost")
 	outputFlag(cmd, &o)
 	c.settingFlags(cmd, false)
 	return cmd
+}
+
+// acceptLoss ends what the workers have found missing, and says what it was.
+func (r *reach) acceptLoss(ctx context.Context) error {
+	address, schema := r.databaseURL()
+	db, err := r.open(ctx, address, schema)
+	if err != nil {
+		return err
+	}
+	accepted, err := worker.AcceptLoss(ctx, db, outbox.AlertsFrom(r.settings))
+	if err != nil {
+		return err
+	}
+	if len(accepted) == 0 {
+		accepted = []string{"nothing is missing"}
+	}
+	for _, line := range accepted {
+		if _, err := fmt.Fprintln(r.cli.env.Stdout, line); err != nil {
+			return fmt.Errorf("print: %w", err)
+		}
+	}
+	return nil
 }
 
 // countFatal counts the differences that lose or withhold events.
