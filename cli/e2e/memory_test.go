@@ -59,10 +59,11 @@ func largestEvents(t *testing.T, databaseURL string, n int) {
 	db, err := database.Open(t.Context(), databaseURL, "usher")
 	require.NoError(t, err)
 	defer func() { assert.NoError(t, database.Close(db)) }()
-	require.Eventually(t, func() bool {
-		var processed int64
+	var processed int64
+	applied := assert.Eventually(t, func() bool {
 		return db.Table("deliveries").Where("handler = 'mirror' AND status = 'processed'").Count(&processed).Error == nil && processed == int64(n)
-	}, 2*time.Minute, 100*time.Millisecond)
+	}, 5*time.Minute, 100*time.Millisecond)
+	require.True(t, applied, "%d of %d were applied, at most %d MB; stderr:\n%s", processed, n, highWater(t, p.cmd.Process.Pid)/1e6, &p.stderr)
 	var users int64
 	require.NoError(t, db.Table("users").Where("deleted_at IS NULL").Count(&users).Error)
 	assert.EqualValues(t, n, users)
