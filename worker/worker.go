@@ -313,6 +313,7 @@ const sweepEvery = time.Minute
 // sweepLetters makes the dead letters and their index agree again after a crash between the two.
 func (w *Worker) sweepLetters(ctx context.Context) {
 	sweeper := deadletter.NewSweeper(w.deps.JetStream, w.deps.DB)
+	sweeper.Refuses = func(err error) bool { return database.IsRefusal(err) && !database.IsInfrastructure(err) }
 	log := w.deps.Log.With(zap.String("service", "worker"))
 	ticker := time.NewTicker(sweepEvery)
 	defer ticker.Stop()

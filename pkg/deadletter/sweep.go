@@ -21,10 +21,14 @@ type Sweeper struct {
 	db *gorm.DB
 	// MinAge is how old a letter must be before it is looked at (2 min): who is at work on a younger one settles it himself.
 	MinAge time.Duration
+	// Refuses tells whether the database refuses a row for what is in it and takes others: those are indexed all the same. Nil: every
+	// error ends the sweep.
+	Refuses func(error) bool
 
 	walked    time.Time // when all letters were looked at last
 	explained int64     // how many letters more than rows there were then, with nothing to be done about it
 	young     bool      // a letter was not as it should be then, and too young
+	refused   error     // the first row that the database refused then
 }
 
 // NewSweeper returns a Sweeper that has not looked at anything.
@@ -72,13 +76,13 @@ func (s *Sweeper) Sweep(ctx context.Context) (Swept, error) {
 	if started.Sub(s.walked) < due {
 		return swept, nil
 	}
-	s.young = false
+	s.young, s.refused = false, nil
 	if err := s.walk(ctx, dlq, state.LastSeq, &swept); err != nil {
 		s.walked = time.Time{} // again
 		return swept, err
 	}
 	s.walked, s.explained = started, difference-int64(swept.Indexed+swept.Deleted) // which is what the mended ones made of it
-	return swept, nil
+	return swept, s.refused
 }
 
 // head is a letter without its body.
@@ -179,7 +183,12 @@ func (s *Sweeper) compare(ctx context.Context, dlq jetstream.Stream, heads []hea
 		switch verdict {
 		case index:
 			n, err := s.index(ctx, dlq, h, row, exists)
-			if err != nil {
+			switch {
+			case err != nil && s.Refuses != nil && s.Refuses(err):
+				if s.refused == nil {
+					s.refused = err
+				}
+			case err != nil:
 				return err
 			}
 			swept.Indexed += n

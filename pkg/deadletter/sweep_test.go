@@ -10,6 +10,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"gorm.io/gorm"
 
+	"github.com/usherhq/usher/pkg/database"
 	"github.com/usherhq/usher/pkg/dbtest"
 	"github.com/usherhq/usher/pkg/deadletter"
 	"github.com/usherhq/usher/pkg/natstest"
@@ -57,6 +58,35 @@ func TestSweepGetsUsedToWhatNobodyCanMend(t *testing.T) {
 			assert.Zero(t, b.sweep(t).Read)
 		})
 	}
+}
+
+// TestALetterWhoseRowIsRefusedDoesNotEndTheSweep: the others are indexed, and the one is not tried every minute.
+func TestALetterWhoseRowIsRefusedDoesNotEndTheSweep(t *testing.T) {
+	t.Parallel()
+	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {
+		refuse := []string{`CREATE TRIGGER refuses BEFORE INSERT ON deliveries WHEN NEW.event_id = 'bad' BEGIN SELECT RAISE(ABORT, 'no'); END`}
+		if database.IsPostgres(db) {
+			refuse = []string{
+				`CREATE FUNCTION refuses() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''no''; END'`,
+				`CREATE TRIGGER refuses BEFORE INSERT ON deliveries FOR EACH ROW WHEN (NEW.event_id = 'bad') EXECUTE FUNCTION refuses()`,
+			}
+		}
+		for _, statement := range refuse {
+			require.NoError(t, db.Exec(statement).Error)
+		}
+		_, js := natstest.New(t).Setup()
+		b := &sweepBundle{js: js, db: db}
+		b.Sweeper = deadletter.NewSweeper(js, db)
+		b.MinAge = 0
+		b.Refuses = func(err error) bool { return database.IsRefusal(err) && !database.IsInfrastructure(err) }
+		b.letter(t, "first", false)
+		b.letter(t, "bad", false)
+		b.letter(t, "last", false)
+		swept, err := b.Sweep(t.Context())
+		require.ErrorContains(t, err, "index dead letter 2")
+		assert.Equal(t, 2, swept.Indexed)
+		assert.Zero(t, b.sweep(t).Read, "not again before an hour has passed")
+	})
 }
 
 // TestSweepComesBackForALetterThatWasTooYoung although the numbers do not change any more.
