@@ -241,7 +241,7 @@ func TestDeadLettersAreShownRepairedAndReplayed(t *testing.T) {
 		assert.Contains(t, y.Run("dlq", "list").want(exitOK).out, "msg_bad001")
 
 		counts := into[listing[deadletter.Count]](y.Run("dlq", "list", "--count", "-o", "json").want(exitOK))
-		assert.Equal(t, []deadletter.Count{{Handler: "mirror", Type: "user.created", Reason: "constraint", Events: 3}}, counts.Items)
+		assert.Equal(t, []deadletter.Count{{Source: "clerk", Handler: "mirror", Type: "user.created", Reason: "constraint", Events: 3}}, counts.Items)
 		groups := into[listing[deadletter.Group]](y.Run("dlq", "list", "--group", "-o", "json").want(exitOK))
 		require.Len(t, groups.Items, 1)
 		assert.Equal(t, first.Fingerprint, groups.Items[0].Fingerprint)
@@ -305,6 +305,60 @@ func TestDeadLettersAreShownRepairedAndReplayed(t *testing.T) {
 		assert.Empty(t, audits[0].Detail)
 		assert.Equal(t, "--all", audits[1].Selector)
 		assert.Equal(t, 2, audits[1].Affected)
+	})
+}
+
+// TestAnIDOfTwoSourcesIsNoName: nothing is shown, replayed or discarded of a source that was not meant.
+func TestAnIDOfTwoSourcesIsNoName(t *testing.T) {
+	t.Parallel()
+	eachDatabase(t, func(t *testing.T, url string) {
+		y := newYard(t, url)
+		y.work(worker.Config{Attempts: 1})
+		repair := y.broken("bad")
+		for source, name := range map[string]string{"clerk": "bad_c", "staging": "bad_s"} {
+			e, err := stream.Parse(userEvent(name).Header, userEvent(name).Data, 1)
+			require.NoError(t, err)
+			e.ID, e.Source = "msg_both", source
+			_, err = y.js.PublishMsg(t.Context(), stream.Message(&e))
+			require.NoError(t, err)
+		}
+		y.publish("bad_other")
+		y.wait("mirror", "dead", 3)
+		y.quiet("mirror")
+
+		for _, args := range [][]string{
+			{"events", "show", "msg_both"}, {"dlq", "show", "msg_both"}, {"dlq", "replay", "msg_both", "--yes"}, {"dlq", "discard", "msg_other", "msg_both", "--yes"},
+			{"replay", "--event", "msg_both", "--yes"},
+		} {
+			r := y.Run(args...).want(exitUsage)
+			assert.Contains(t, r.err, "several sources have an event msg_both: name one with --source (clerk, staging)", args)
+			assert.Empty(t, r.out, args)
+		}
+		assert.Equal(t, 3, y.letters())
+		y.Run("events", "show", "msg_both", "--source", "nope").want(exitNo)
+		y.Run("dlq", "show", "msg_both", "--source", "nope").want(exitNo)
+		none := into[bulkResult](y.Run("replay", "--event", "msg_both", "--source", "nope", "--yes", "-o", "json").want(exitNo))
+		assert.Equal(t, 1, none.Gone)
+		assert.Zero(t, none.Replayed)
+		for source, user := range map[string]string{"clerk": "user_bad_c", "staging": "user_bad_s"} {
+			assert.Equal(t, user, into[shownEvent](y.Run("events", "show", "msg_both", "--source", source, "-o", "json").want(exitOK)).UserID)
+			letter := into[shownLetter](y.Run("dlq", "show", "msg_both", "--source", source, "-o", "json").want(exitOK))
+			assert.Contains(t, string(letter.Body), user)
+			list := into[listing[deadletter.Entry]](y.Run("dlq", "list", "--source", source, "-o", "json").want(exitOK))
+			assert.Equal(t, user, list.Items[len(list.Items)-1].UserID)
+		}
+
+		done := into[bulkResult](y.Run("dlq", "discard", "msg_both", "--source", "staging", "--yes", "-o", "json").want(exitOK))
+		assert.Equal(t, 1, done.Discarded)
+		assert.Equal(t, 1, y.count("deliveries", "source = 'staging' AND status = 'discarded'"))
+		assert.Equal(t, 2, y.count("deliveries", "source = 'clerk' AND status = 'dead'"))
+		repair()
+		done = into[bulkResult](y.Run("dlq", "replay", "msg_both", "--yes", "-o", "json").want(exitOK)) // one source alone has a letter of it
+		assert.Equal(t, 1, done.Applied)
+		done = into[bulkResult](y.Run("replay", "--event", "msg_both", "--source", "clerk", "--yes", "-o", "json").want(exitOK))
+		assert.Equal(t, 1, done.Applied)
+		assert.Equal(t, 1, y.count("users", "true"))
+		assert.Equal(t, 1, y.letters())
 	})
 }
 

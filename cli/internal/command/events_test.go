@@ -63,7 +63,7 @@ func filledLog(t *testing.T, url string) (*harness, time.Time) {
 		r.Status, r.Error, r.Reason, r.UserID, r.ObjectID, r.Attempts = "dead", ptr("malformed event"), ptr("undecodable"), nil, nil, 4
 	})
 	add("msg_new", "user.deleted", moment.Add(30*time.Minute), func(r *row) {
-		r.Handler, r.Status, r.Error, r.Reason = "onboarding", "retrying", ptr("no mail"), ptr("handler_error")
+		r.Source, r.Handler, r.Status, r.Error, r.Reason = "staging", "onboarding", "retrying", ptr("no mail"), ptr("handler_error")
 	})
 	require.NoError(t, db.Table("deliveries").Create(&rows).Error)
 	return newHarness(t, "USHER_DATABASE_URL="+url), moment
@@ -167,9 +167,9 @@ func TestEventsList(t *testing.T) {
 		assert.Len(t, lines[listedEvent](h.Run("events", "list", "-o", "ndjson").want(exitOK)), 26)
 		page := h.Run("events", "list", "--limit", "2").want(exitOK)
 		text := page.out
-		assert.Regexp(t, `RECEIVED +ID +TYPE +USER +ORIGIN +DELIVERIES\n`, text)
-		assert.Regexp(t, `msg_new +user.deleted +user_1 +replay +mirror=processed onboarding=retrying\n`, text)
-		assert.Regexp(t, `msg_bad +\(undecodable\) +- +webhook +mirror=dead\n$`, text)
+		assert.Regexp(t, `RECEIVED +ID +TYPE +USER +SOURCE +ORIGIN +DELIVERIES\n`, text)
+		assert.Regexp(t, `msg_new +user.deleted +user_1 +staging +replay +mirror=processed onboarding=retrying\n`, text)
+		assert.Regexp(t, `msg_bad +\(undecodable\) +- +clerk +webhook +mirror=dead\n$`, text)
 		assert.Regexp(t, `^more: --cursor \S+\n$`, page.err)
 		assert.Contains(t, h.Run("events", "list", "--cursor", "nonsense").want(exitUsage).err, "--cursor")
 	})
