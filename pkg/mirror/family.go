@@ -4,7 +4,9 @@ import (
 	"context"
 	"database/sql"
 	"fmt"
+	"hash/fnv"
 	"maps"
+	"math"
 	"slices"
 	"strings"
 	"time"
@@ -19,9 +21,17 @@ import (
 // rows that win, its own and its parents', so all orders end in the same. children_deleted_at of a parent is what its children know of its
 // deleted_at.
 
-// familyLock is the key of PostgreSQL's advisory lock between those who write children (shared) and those who change whether a parent
-// lives. Everybody takes it behind the rows of parents and before those of children. SQLite has one writer.
-const familyLock = 0x7573686572
+// PostgreSQL's advisory locks between those who write children (shared) and those who change whether a parent lives. Whoever
+// changes one holds familyLock: two of them may have a child in common. Whoever writes children of a few parents shares fewLock and the lock of
+// each, so that a parent with very many children holds up only its own; else familyLock. Everybody takes them behind the rows of parents and before
+// those of children, in this order, those of single parents in that of their keys: nobody waits in a circle. SQLite has one writer.
+const (
+	familyLock = 0x7573686572
+	fewLock    = familyLock + 1
+)
+
+// fewParents bounds the locks of one transaction: the server has room for some thousands at once.
+const fewParents = 64
 
 // settleFamilies is called between the writes of parents and those of children. It brings the children of changed parents up to date and
 // marks those of the batch whose parents are deleted.
@@ -39,19 +49,13 @@ func (s states) settleFamilies(ctx context.Context, tx *gorm.DB, now time.Time) 
 			changed[parent] = ids
 		}
 	}
-	wanted := s.parentsOfChildren()
-	lock := ""
-	switch {
-	case len(changed) > 0:
-		lock = "SELECT pg_advisory_xact_lock(%d)"
-	case len(wanted) > 0:
-		lock = "SELECT pg_advisory_xact_lock_shared(%d)"
-	default:
+	wanted, children, known := s.parentsOfChildren()
+	if len(changed) == 0 && !children {
 		return nil
 	}
 	if database.IsPostgres(tx) {
-		if _, err := tx.Statement.ConnPool.ExecContext(ctx, fmt.Sprintf(lock, familyLock)); err != nil {
-			return fmt.Errorf("lock families: %w", err)
+		if err := lockFamilies(ctx, tx, changed, wanted, children && known); err != nil {
+			return err
 		}
 	}
 	for _, parent := range tables[:parentTables] {
@@ -60,6 +64,59 @@ func (s states) settleFamilies(ctx context.Context, tx *gorm.DB, now time.Time) 
 		}
 	}
 	return s.mark(ctx, tx, wanted)
+}
+
+// lockFamilies takes the locks of a transaction that changes parents and writes children of those wanted; single: it wants no others.
+func lockFamilies(ctx context.Context, tx *gorm.DB, changed map[*Table][]string, wanted map[*Table]map[string]bool, single bool) error {
+	exclusive := map[int64]bool{}
+	for _, ids := range changed {
+		for _, id := range ids {
+			exclusive[parentKey(id)] = true
+		}
+	}
+	shared := map[int64]bool{}
+	for _, ids := range wanted {
+		for id := range ids {
+			shared[parentKey(id)] = true
+		}
+	}
+	var keys []int64
+	var modes []bool // exclusive
+	add := func(key int64, mode bool) { keys, modes = append(keys, key), append(modes, mode) }
+	switch {
+	case len(exclusive) > fewParents:
+		add(familyLock, true)
+		add(fewLock, true)
+	case len(exclusive) > 0: // its children, whoever their parents are, are safe behind familyLock
+		add(familyLock, true)
+		for _, key := range slices.Sorted(maps.Keys(exclusive)) {
+			add(key, true)
+		}
+	case single && len(shared) <= fewParents:
+		add(fewLock, false)
+		for _, key := range slices.Sorted(maps.Keys(shared)) {
+			add(key, false)
+		}
+	default:
+		add(familyLock, false)
+	}
+	for i, key := range keys {
+		lock := "SELECT pg_advisory_xact_lock_shared($1)"
+		if modes[i] {
+			lock = "SELECT pg_advisory_xact_lock($1)"
+		}
+		if _, err := tx.Statement.ConnPool.ExecContext(ctx, lock, key); err != nil {
+			return fmt.Errorf("lock families: %w", err)
+		}
+	}
+	return nil
+}
+
+// parentKey is the key of a parent's lock; two parents may share one. It is negative, and so none of the others.
+func parentKey(id string) int64 {
+	sum := fnv.New64a()
+	_, _ = sum.Write([]byte(id))
+	return math.MinInt64 | int64(sum.Sum64()) //nolint:gosec // any bits do
 }
 
 // changedParents are those of the ids whose children know another deleted_at than the row has.
@@ -120,14 +177,16 @@ func (t *Table) tombstoneQuery() string {
 	return "SELECT gone.deleted_at, gone.id FROM (" + strings.Join(ranks, " UNION ALL ") + ") AS gone ORDER BY gone.rank LIMIT 1"
 }
 
-// parentsOfChildren are the ids of the parents of all living children of the batch.
-func (s states) parentsOfChildren() map[*Table]map[string]bool {
-	wanted := map[*Table]map[string]bool{}
+// parentsOfChildren are the ids of the parents of all children of the batch. known: each child names all of its parents.
+func (s states) parentsOfChildren() (wanted map[*Table]map[string]bool, children, known bool) {
+	wanted, known = map[*Table]map[string]bool{}, true
 	for _, child := range tables[parentTables:] {
 		for _, r := range s[child] {
 			for _, p := range child.parents {
+				children = true
 				id, ok := r.values[2+p.index].(string)
-				if !ok || r.values[child.deletedAt()] != nil {
+				if !ok {
+					known = false
 					continue
 				}
 				if wanted[p.table] == nil {
@@ -137,7 +196,7 @@ func (s states) parentsOfChildren() map[*Table]map[string]bool {
 			}
 		}
 	}
-	return wanted
+	return wanted, children, known
 }
 
 // mark deletes the children of the batch whose parents are deleted.

@@ -16,6 +16,7 @@ import (
 	"github.com/usherhq/usher/pkg/database"
 	"github.com/usherhq/usher/pkg/dbtest"
 	"github.com/usherhq/usher/pkg/event"
+	"github.com/usherhq/usher/pkg/mirror"
 )
 
 const at = int64(1_768_471_200_000)
@@ -146,6 +147,64 @@ func TestAChildAndTheDeleteOfItsParentAtOnce(t *testing.T) {
 			assert.Equal(t, want, fates["sess_"+user])
 			assert.Equal(t, want, fates["orgmem_"+user])
 		}
+	})
+}
+
+// TestAParentThatIsBeingDeletedHoldsUpItsOwnChildrenOnly has the delete of an organization in an open transaction, as one of very many children is
+// for long.
+func TestAParentThatIsBeingDeletedHoldsUpItsOwnChildrenOnly(t *testing.T) {
+	t.Parallel()
+	db := dbtest.Postgres(t)
+	apply(t, db, world(t)...)
+	member := func(id, organization, user string) event.Event {
+		return decode(t, "msg_"+id, bodyOf(t, "organizationMembership.created", at, map[string]any{
+			"id": id, "updated_at": at, "organization": map[string]any{"id": organization, "updated_at": at}, "public_user_data": map[string]any{"user_id": user},
+		}))
+	}
+	session := func(id, user string) event.Event {
+		return decode(t, "msg_"+id, bodyOf(t, "session.created", at, map[string]any{"id": id, "updated_at": at, "user_id": user, "status": "active"}))
+	}
+	locked := func(events ...event.Event) error {
+		return database.InTx(t.Context(), db, func(tx *gorm.DB) error {
+			if err := tx.Exec("SET LOCAL lock_timeout = '250ms'").Error; err != nil {
+				return err
+			}
+			_, err := mirror.Apply(t.Context(), tx, events)
+			return err
+		})
+	}
+	var many []event.Event
+	for i := range 200 {
+		many = append(many, session(fmt.Sprintf("sess_many_%d", i), fmt.Sprintf("user_many_%d", i)))
+	}
+	invited := decode(t, "msg_late", bodyOf(t, "organizationInvitation.created", at, map[string]any{"id": "orginv_late", "updated_at": at, "organization_id": "org_1"}))
+	require.NoError(t, database.InTx(t.Context(), db, func(tx *gorm.DB) error {
+		_, err := mirror.Apply(t.Context(), tx, []event.Event{gone(t, "organization", "org_1", at+10)})
+		require.NoError(t, err)
+		require.NoError(t, locked(member("orgmem_2", "org_2", "user_1"), session("sess_2", "user_1")), "children of other parents")
+		require.ErrorContains(t, locked(invited), "lock families", "its own child")
+		require.ErrorContains(t, locked(many...), "lock families", "more parents than single locks are taken for")
+		return nil
+	}))
+	require.NoError(t, locked(append(many, invited)...))
+	fates := family(t, db)
+	assert.Equal(t, "org_1", fates["orginv_late"])
+	assert.Equal(t, "-", fates["orgmem_2"])
+	assert.Equal(t, "-", fates["sess_many_199"])
+
+	t.Run("many parents at once hold up children of each", func(t *testing.T) {
+		var all []event.Event
+		for i := range 200 {
+			all = append(all, gone(t, "user", fmt.Sprintf("user_many_%d", i), at+10))
+		}
+		require.NoError(t, database.InTx(t.Context(), db, func(tx *gorm.DB) error {
+			_, err := mirror.Apply(t.Context(), tx, all)
+			require.NoError(t, err)
+			require.ErrorContains(t, locked(session("sess_late", "user_many_7")), "lock families")
+			return nil
+		}))
+		require.NoError(t, locked(session("sess_late", "user_many_7")))
+		assert.Equal(t, "user_many_7", family(t, db)["sess_late"])
 	})
 }
 
