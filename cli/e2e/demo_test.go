@@ -52,7 +52,8 @@ func TestDemoEndsInABalancedLedger(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			dataDir := filepath.Join(t.TempDir(), "data")
-			env := append(append([]string{"USHER_DATA_DIR=" + dataDir}, randomPorts...), settings(t)...)
+			given := settings(t)
+			env := append(append([]string{"USHER_DATA_DIR=" + dataDir}, randomPorts...), given...)
 			code, stdout, stderr := run(t, env, "dev", "--demo", "--exit", "--output", "json", "--users", "60")
 			require.Equal(t, 0, code, stderr)
 			var l ledger
@@ -75,6 +76,15 @@ func TestDemoEndsInABalancedLedger(t *testing.T) {
 				assert.Contains(t, l.Types, typ)
 			}
 			assert.NoDirExists(t, dataDir, "dev leaves nothing behind")
+			for _, setting := range given { // a database that it keeps
+				_, url, _ := strings.Cut(setting, "=")
+				db, err := database.Open(t.Context(), url, "usher")
+				require.NoError(t, err)
+				var silent int64
+				require.NoError(t, db.Table("deliveries").Where("status = 'processed' AND effect IS NULL").Count(&silent).Error)
+				assert.Zero(t, silent, "the log says what each event changed")
+				require.NoError(t, database.Close(db))
+			}
 		})
 	}
 }

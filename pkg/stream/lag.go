@@ -21,10 +21,11 @@ type Consumer struct {
 	LagSeconds  float64 `json:"lag_seconds"` // age of the oldest unsettled event by the broker's clock, 0 where there is none
 }
 
-// Consumers lists every consumer of [Events] by name. It asks the broker twice for the list and once more
+// Consumers lists every durable consumer of [Events] by name; what follows the stream for a while, as `usher events tail` does, is not
+// among them. It asks the broker twice for the list and once more
 // for each filter of each consumer. The error is [ErrSetup] where the stream does not exist.
 func Consumers(ctx context.Context, js jetstream.JetStream) ([]Consumer, error) {
-	return consumersOf(ctx, js, func(*jetstream.ConsumerInfo) bool { return true })
+	return consumersOf(ctx, js, func(c *jetstream.ConsumerInfo) bool { return c.Config.Durable != "" })
 }
 
 // Holders is [Consumers] of those only that keep events in the stream until they have settled them ([Holds]): the handlers.
@@ -38,7 +39,7 @@ func consumersOf(ctx context.Context, js jetstream.JetStream, wanted func(*jetst
 		return nil, ErrSetup
 	}
 	if err != nil {
-		return nil, fmt.Errorf("look up stream %s: %w", Events, err)
+		return nil, fmt.Errorf("look up stream %s: %w", Events, Explain(err))
 	}
 	infos, err := ConsumerInfos(ctx, s)
 	if err != nil {
@@ -80,7 +81,7 @@ func ConsumerInfos(ctx context.Context, s jetstream.Stream) (map[string]*jetstre
 		infos[info.Name] = info
 	}
 	if err := list.Err(); err != nil {
-		return nil, fmt.Errorf("list consumers of %s: %w", s.CachedInfo().Config.Name, err)
+		return nil, fmt.Errorf("list consumers of %s: %w", s.CachedInfo().Config.Name, Explain(err))
 	}
 	// A cluster leaves out of the list whoever does not answer, but it has their names.
 	names, missing := s.ConsumerNames(ctx), []string(nil)
@@ -90,7 +91,7 @@ func ConsumerInfos(ctx context.Context, s jetstream.Stream) (map[string]*jetstre
 		}
 	}
 	if err := names.Err(); err != nil {
-		return nil, fmt.Errorf("list consumers of %s: %w", s.CachedInfo().Config.Name, err)
+		return nil, fmt.Errorf("list consumers of %s: %w", s.CachedInfo().Config.Name, Explain(err))
 	}
 	if len(missing) > 0 {
 		return nil, fmt.Errorf("list consumers of %s: no answer from %s", s.CachedInfo().Config.Name, strings.Join(missing, ", "))
@@ -121,7 +122,7 @@ func FirstUnsettled(ctx context.Context, s jetstream.Stream, info *jetstream.Con
 			continue // also where it was purged since info
 		}
 		if err != nil {
-			return 0, at, fmt.Errorf("find the first event that consumer %s has not settled: %w", info.Name, err)
+			return 0, at, fmt.Errorf("find the first event that consumer %s has not settled: %w", info.Name, Explain(err))
 		}
 		if seq == 0 || msg.Sequence < seq {
 			seq, at = msg.Sequence, msg.Time

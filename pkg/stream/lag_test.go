@@ -27,6 +27,8 @@ func TestConsumersTellWhatIsLeftToDo(t *testing.T) {
 	}
 	publish("clerk.evt.clerk.user.created.user_1")
 	began := time.Now()
+	_, err := js.CreateConsumer(t.Context(), stream.Events, jetstream.ConsumerConfig{InactiveThreshold: time.Minute}) // as `usher events tail` does
+	require.NoError(t, err)
 	publish("clerk.replay.fraud.clerk.session.created.user_1")
 
 	consumers, err := stream.Consumers(t.Context(), js)

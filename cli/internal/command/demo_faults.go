@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -31,10 +32,10 @@ type faultStory struct {
 // demoFaults makes some events fail: the first few user.updated twice each, the first organization.updated always, until
 // it is repaired.
 type demoFaults struct {
-	worker.Handler
+	worker.Teller
 	mu       sync.Mutex
-	attempts map[string]int // of flaky events
-	broken   string         // the event that never passes
+	flaky    map[string]bool // ids of the events that fail twice
+	broken   string          // the event that never passes
 	repaired bool
 }
 
@@ -43,35 +44,43 @@ func (f *demoFaults) change(c *worker.Config) {
 	c.Attempts, c.RetryInitial, c.RetryMax = 5, 100*time.Millisecond, 400*time.Millisecond
 	c.Handlers = worker.Handlers()
 	for i, r := range c.Handlers {
-		if r.Handler.Name() == "mirror" {
-			f.Handler, c.Handlers[i].Handler = r.Handler, f
+		if teller, tells := r.Handler.(worker.Teller); tells && teller.Name() == "mirror" {
+			f.Teller, c.Handlers[i].Handler = teller, f
 		}
 	}
 }
 
 // Handle implements worker.Handler.
 func (f *demoFaults) Handle(ctx context.Context, tx *gorm.DB, batch []event.Event) error {
-	if err := f.strike(batch); err != nil {
-		return err
-	}
-	return f.Handler.Handle(ctx, tx, batch)
+	_, err := f.HandleAndTell(ctx, tx, batch)
+	return err
 }
 
-func (f *demoFaults) strike(batch []event.Event) error {
+// HandleAndTell implements worker.Teller: the delivery log of a demo says what events changed, as everywhere.
+func (f *demoFaults) HandleAndTell(ctx context.Context, tx *gorm.DB, batch []event.Event) ([]event.Effect, error) {
+	if err := f.strike(tx, batch); err != nil {
+		return nil, err
+	}
+	return f.Teller.HandleAndTell(ctx, tx, batch)
+}
+
+func (f *demoFaults) strike(tx *gorm.DB, batch []event.Event) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, e := range batch {
 		switch e.Type {
 		case "user.updated":
-			n, known := f.attempts[e.ID]
-			if !known && len(f.attempts) >= demoFlaky {
+			if !f.flaky[e.ID] && len(f.flaky) >= demoFlaky {
 				continue
 			}
-			if n < 2 {
-				if len(batch) == 1 { // in a batch it is not known yet who failed
-					n++
-				}
-				f.attempts[e.ID] = n
+			f.flaky[e.ID] = true
+			// The log is asked, since a transaction may be repeated: not every call is an attempt.
+			var attempts int
+			if err := tx.Table("deliveries").Where("handler = ? AND source = ? AND event_id = ?", f.Name(), e.Source, e.ID).
+				Select("attempts").Scan(&attempts).Error; err != nil {
+				return fmt.Errorf("read attempts: %w", err)
+			}
+			if attempts < 2 {
 				return errors.New("demo: this event fails twice")
 			}
 		case "organization.updated":
@@ -90,10 +99,7 @@ func (f *demoFaults) strike(batch []event.Event) error {
 func (f *demoFaults) tell(ctx context.Context, i *allinone.Instance, start time.Time, info io.Writer) (faultStory, error) {
 	story := faultStory{DeadLettered: []string{}}
 	f.mu.Lock()
-	flaky := make([]string, 0, len(f.attempts))
-	for id := range f.attempts {
-		flaky = append(flaky, id)
-	}
+	flaky := slices.Collect(maps.Keys(f.flaky))
 	f.mu.Unlock()
 	var passed int64
 	err := deliveriesSince(i.DB.WithContext(ctx), start).Where("event_id IN ? AND status = 'processed' AND attempts = 3", flaky).Count(&passed).Error

@@ -87,7 +87,7 @@ func (c *cli) runDev(ctx context.Context, o devOptions) (err error) {
 		Settings: settings, Mode: "dev", Dir: dir, Ephemeral: true, SigningSecret: made, Log: log,
 	}
 	var clerk *emulator.Clerk
-	faults := &demoFaults{attempts: map[string]int{}}
+	faults := &demoFaults{flaky: map[string]bool{}}
 	if o.demo {
 		cfg.ChangeWorker = faults.change
 		if c.flags["USHER_LOG_LEVEL"] == devLogLevel {

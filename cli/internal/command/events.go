@@ -633,8 +633,16 @@ func (c *cli) tail(ctx context.Context, o tailOptions) error {
 		return stream.ErrSetup
 	}
 	if err != nil {
-		return fmt.Errorf("follow %s: %w", stream.Events, err)
+		return fmt.Errorf("follow %s: %w", stream.Events, stream.Explain(err))
 	}
+	// The client leaves the consumer to the broker, which would keep it for five minutes. Another one may have taken its place meanwhile.
+	defer func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+		defer cancel()
+		if info := consumer.CachedInfo(); info != nil {
+			_ = js.DeleteConsumer(ctx, stream.Events, info.Name)
+		}
+	}()
 	// A limit of bytes and not of messages, of which half must hold the largest event: 500 of them may be half a gigabyte.
 	iter, err := consumer.Messages(jetstream.PullMaxBytes(8 << 20))
 	if err != nil {

@@ -360,6 +360,12 @@ func TestTailShowsWhatIsStored(t *testing.T) {
 	assert.Equal(t, []string{ended.ID}, tail("--limit 1 --type session.ended --source clerk"))
 	assert.Equal(t, []string{ended.ID}, tail("--limit 1 --user "+ended.Object.UserID))
 
+	events, err := js.Stream(t.Context(), stream.Events)
+	require.NoError(t, err)
+	infos, err := stream.ConsumerInfos(t.Context(), events)
+	require.NoError(t, err)
+	assert.Empty(t, infos, "it leaves no trace on the broker")
+
 	out := h.Run("events", "tail", "--since", "1h", "--limit", "1").want(exitOK).out
 	assert.Regexp(t, `^\d{4}-\S+Z  `+created.ID+`  user.created +`+created.Object.UserID+` +webhook\n$`, out)
 	srv.Stop()
