@@ -25,7 +25,7 @@ func (s *Service) unverified() error {
 // askAgain is the pace of the questions while the answer is unknown: a monitoring port may have been down.
 const askAgain = time.Minute
 
-// watchDurability asks whenever the connection was made anew, since other servers may answer then, and refuses the service a broker
+// watchDurability asks whenever the connection was opened again, since other servers may answer then, and refuses the service a broker
 // that is known not to sync.
 func (s *Service) watchDurability(ctx context.Context, refuse context.CancelCauseFunc) {
 	if s.deps.Durability == nil || s.deps.JetStream == nil {

@@ -155,7 +155,7 @@ type Service struct {
 	large     largeBodies
 	slow      slowBodies
 	stopping  atomic.Bool
-	verified  atomic.Bool // the broker is none that must be refused
+	verified  atomic.Bool // the broker is not one that must be refused
 }
 
 // New opens the listener; it serves once Run is called. Run, or else Close, closes it.

@@ -50,7 +50,7 @@ const roomWait = 2 * time.Second
 // waits here, where each has read little, and not half way, where each would hold what the others wait for. What is small never waits.
 type largeBodies chan struct{}
 
-// enter waits for a place; false means that there is none yet. Whoever has one leaves it.
+// enter waits for a place; false means that no place is free yet. Whoever has one leaves it.
 func (l largeBodies) enter() bool {
 	select {
 	case l <- struct{}{}:

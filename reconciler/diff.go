@@ -95,7 +95,7 @@ func held(table string, o *object, r *row) verdict {
 // an event could end: the page is behind, or the row is held.
 func compare(table string, o *object, r *row) verdict {
 	v := o.version()
-	if o.ahead() { // the row has the time of a receipt: it is not the version that tells whether they are the same
+	if o.ahead() { // the row has the time of a receipt: its version does not show whether they are the same
 		v = 0
 	}
 	switch {

@@ -13,7 +13,7 @@ import (
 	"github.com/usherhq/usher/reconciler"
 )
 
-// PostgreSQL's jsonb writes numbers anew (1e+21 with all its zeros), and no float64 holds them all.
+// PostgreSQL's jsonb rewrites numbers (1e+21 with all its zeros), and no float64 holds them all.
 func TestEqualNumbersWrittenDifferentlyAreNoDrift(t *testing.T) {
 	t.Parallel()
 	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {

@@ -141,7 +141,7 @@ const (
 	codeSealed      jetstream.ErrorCode = 10109
 )
 
-// isRefused tells whether the broker answered that it does not store a message, or that no stream takes it.
+// isRefused reports whether the broker answered that it does not store a message, or that no stream takes it.
 func isRefused(err error) bool {
 	var api *jetstream.APIError
 	return errors.As(err, &api) || isTooLarge(err) || isMissingStream(err)

@@ -203,7 +203,7 @@ const (
 	lettersTell  = time.Minute
 )
 
-// failed notes that the letter of an event was not stored, and tells whether to log it. single: for a reason that is not the stream's.
+// failed notes that the letter of an event was not stored, and reports whether to log it. single: for a reason that is not the stream's.
 func (l *letters) failed(e event.Ref, err error, single bool, again time.Duration) (tell bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -305,7 +305,7 @@ func TestAStreamFullOfSettledEventsMakesRoom(t *testing.T) {
 	assert.Empty(t, r.health.Details())
 	r.looksWell()
 
-	// What somebody has not settled is never removed: then it is said who.
+	// What a consumer has not settled is never removed: then its name is logged.
 	_, err = r.js.CreateConsumer(t.Context(), stream.Events, jetstream.ConsumerConfig{Durable: "billing", AckPolicy: jetstream.AckExplicitPolicy})
 	require.NoError(t, err)
 	first := r.streamState().FirstSeq

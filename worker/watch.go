@@ -341,7 +341,7 @@ func (w *watch) confirmed(f *finding) bool {
 	return before == f.kind
 }
 
-// isForeign tells whether the database is another broker's, whose workers are at work.
+// isForeign reports whether the database is another broker's, whose workers are at work.
 func (w *watch) isForeign(row, next *watchRow, now time.Time) bool {
 	foreign := row.StreamID != next.StreamID && row.Process != w.process && now.Sub(row.SeenAt) < watchStale
 	w.mu.Lock()
@@ -461,7 +461,7 @@ func (w *watch) compareStream(ctx context.Context, s jetstream.Stream, info *jet
 	if lost == 0 {
 		return nil, nil
 	}
-	return &finding{kind: holes, text: fmt.Sprintf("%d events between the sequences %d and %d are gone from the stream and had not been settled: its file is damaged, or somebody deleted them", lost, first, last), events: lost}, nil
+	return &finding{kind: holes, text: fmt.Sprintf("%d events between the sequences %d and %d are gone from the stream and had not been settled: its file is damaged, or they were deleted by hand", lost, first, last), events: lost}, nil
 }
 
 // unsettled is how many events of a span of sequences the log has no settled row of.
@@ -657,7 +657,7 @@ func (r *watchRow) heal() string {
 	return full
 }
 
-// healed tells whether what was missing is there again: the rows are, or a whole sweep has begun since and succeeded.
+// healed reports whether what was missing is there again: the rows are, or a whole sweep has begun since and succeeded.
 func (w *watch) healed(ctx context.Context, s jetstream.Stream, row *watchRow) (bool, error) {
 	if row.GapFoundAt != nil {
 		var sweeps int64
@@ -702,7 +702,7 @@ func (w *watch) hasRow(ctx context.Context, ref event.Ref) (bool, error) {
 	return n > 0, nil
 }
 
-// after is the handler's first event from a sequence on, nil where there is none.
+// after is the handler's first event from a sequence on, nil where there are no more.
 func (w *watch) after(ctx context.Context, s jetstream.Stream, seq uint64) (*jetstream.RawStreamMsg, error) {
 	var first *jetstream.RawStreamMsg
 	for _, filter := range w.filters {

@@ -224,7 +224,7 @@ func TestReplayOfALetterThatWasDiscardedMeanwhileIsSettled(t *testing.T) {
 		msg.Header.Set(stream.HeaderReplayID, stream.LetterReplay+"7:x")
 		_, err = b.js.PublishMsg(t.Context(), msg)
 		require.NoError(t, err)
-		b.publish("msg_2", user("user_2")) // goes on behind it
+		b.publish("msg_2", user("user_2")) // continues behind it
 		rows := b.settled("counting", 1)
 		assert.Equal(t, "discarded", rows["msg_1"].Status)
 		assert.Equal(t, "processed", rows["msg_2"].Status)

@@ -420,7 +420,7 @@ func TestOutagesUnderLoad(t *testing.T) {
 	<-time.After(away - time.Since(gone))
 	meanwhile := accepted() - before
 	// Of what was tried, not of the rate: a busy machine sends less.
-	assert.Greater(t, float64(meanwhile), 0.8*float64(load.Ledger().Totals().Attempts-attempts), "ingest goes on")
+	assert.Greater(t, float64(meanwhile), 0.8*float64(load.Ledger().Totals().Attempts-attempts), "ingest continues")
 	assert.Positive(t, meanwhile)
 	server.Start(t)
 	caught := calm()

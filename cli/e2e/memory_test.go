@@ -73,7 +73,7 @@ func largestEvents(t *testing.T, databaseURL string, n int) {
 	assert.Equal(t, 0, p.stop(), p.stderr.String())
 }
 
-// sendLarge tells whether an event was accepted; one that was refused is to be sent again, for which it has waited as it was told to.
+// sendLarge reports whether an event was accepted; one that was refused is to be sent again, for which it has waited as it was told to.
 func sendLarge(t *testing.T, client *http.Client, url, id string, body []byte) bool {
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, url, bytes.NewReader(body))
 	if !assert.NoError(t, err) {

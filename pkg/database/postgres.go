@@ -125,7 +125,7 @@ func parameter(address, name string) (value string, given bool) {
 type pgConnector struct {
 	driver.Connector
 	cfg *pgx.ConnConfig
-	// dropped: somebody between here and the server drops the parameters of a connection's start.
+	// dropped: something between here and the server drops the parameters of a connection's start.
 	dropped atomic.Bool
 }
 
@@ -292,7 +292,7 @@ func (e *OpenError) Unwrap() []error {
 	return []error{e.kind, e.err}
 }
 
-// WrongSettings tells whether waiting is no cure: the settings must change, or the database.
+// WrongSettings reports whether waiting is no cure: the settings must change, or the database.
 func (e *OpenError) WrongSettings() bool { return errors.Is(e.kind, ErrUnusable) }
 
 func unusable(cause error, format string, args ...any) error {

@@ -179,7 +179,7 @@ func missing(where string, tables []string, columns []tableColumn) error {
 }
 
 func probeSQLite(ctx context.Context, pool *sql.DB, d dialector, want []tableColumn) error {
-	if d.opened != nil { // who removes a file that is open goes on writing to a file that nobody sees
+	if d.opened != nil { // a process whose open file is removed keeps writing to a file that nobody sees
 		if now, err := os.Stat(d.path); err != nil || !os.SameFile(now, d.opened) {
 			return fmt.Errorf("the file %s was removed or replaced while Usher has it open, and what is written now is lost: stop Usher, put the file back, start Usher (%w)", d.path, ErrMissing)
 		}

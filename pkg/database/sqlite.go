@@ -278,10 +278,10 @@ func (t *tx) done() {
 }
 
 // LargeWAL is the size in bytes from which on the write-ahead log of a SQLite file is too large. It is emptied at about 16 MB (wal_autocheckpoint)
-// unless somebody reads without a pause: a transaction that stays open, or readers that overlap for ever.
+// unless a reader never pauses: a transaction that stays open, or readers that overlap for ever.
 const LargeWAL = 256 << 20
 
-// WALSize is the size in bytes of the write-ahead log, 0 for PostgreSQL and where there is none.
+// WALSize is the size in bytes of the write-ahead log, 0 for PostgreSQL and where no log exists.
 func WALSize(ctx context.Context, db *gorm.DB) (int64, error) {
 	if IsPostgres(db) {
 		return 0, nil

@@ -86,7 +86,7 @@ func IsStatement(err error) bool {
 	return isMissingTable(err) || isMissingColumn(err)
 }
 
-// IsRefusal tells whether the database answered one statement with an error of any kind, infrastructure or data, and goes on.
+// IsRefusal reports whether the database answered one statement with an error of any kind, infrastructure or data, and continues.
 func IsRefusal(err error) bool {
 	var pg *pgconn.PgError
 	if errors.As(err, &pg) {
@@ -116,7 +116,7 @@ func isMissingTable(err error) bool {
 	return errors.As(err, &lite) && lite.Code()&0xff == 1 && strings.Contains(lite.Error(), "no such table: ")
 }
 
-// isMissingColumn tells whether a query of SQLite named a column, or a key of ON CONFLICT, that does not exist.
+// isMissingColumn reports whether a query of SQLite named a column, or a key of ON CONFLICT, that does not exist.
 func isMissingColumn(err error) bool {
 	var lite *sqlite.Error
 	if !errors.As(err, &lite) || lite.Code()&0xff != 1 {

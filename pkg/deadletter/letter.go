@@ -69,13 +69,13 @@ func read(ctx context.Context, s jetstream.Stream, e Entry) (*jetstream.RawStrea
 	if err != nil {
 		return nil, fmt.Errorf("read dead letter %d: %w", e.LetterSeq, err)
 	}
-	if msg.Header.Get(stream.HeaderEventID) != e.EventID || msg.Header.Get(stream.HeaderSource) != e.Source || msg.Header.Get(headerHandler) != e.Handler { // a stream that was made anew
+	if msg.Header.Get(stream.HeaderEventID) != e.EventID || msg.Header.Get(stream.HeaderSource) != e.Source || msg.Header.Get(headerHandler) != e.Handler { // a stream that was recreated
 		return nil, ErrGone
 	}
 	return msg, nil
 }
 
-// Exists tells whether the letter of an event is still there. The error is the broker's: it cannot tell.
+// Exists reports whether the letter of an event is still there. The error is the broker's: it cannot tell.
 func Exists(ctx context.Context, js jetstream.JetStream, handler string, e event.Ref, seq uint64) (bool, error) {
 	s, err := open(ctx, js)
 	if err == nil {

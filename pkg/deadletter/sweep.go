@@ -21,7 +21,7 @@ type Sweeper struct {
 	db *gorm.DB
 	// MinAge is how old a letter must be before it is looked at (2 min): who is at work on a younger one settles it himself.
 	MinAge time.Duration
-	// Refuses tells whether the database refuses a row for what is in it and takes others: those are indexed all the same. Nil: every
+	// Refuses reports whether the database refuses a row for what is in it and takes others: those are indexed all the same. Nil: every
 	// error ends the sweep.
 	Refuses func(error) bool
 

@@ -19,7 +19,7 @@ import (
 	"unicode/utf8"
 )
 
-// Equal tells whether two documents mean the same. What is not valid JSON is equal only to the same bytes.
+// Equal reports whether two documents mean the same. What is not valid JSON is equal only to the same bytes.
 func Equal(a, b []byte) bool {
 	if bytes.Equal(a, b) {
 		return true

@@ -176,7 +176,7 @@ func TestCanonicalIsValidAndStays(t *testing.T) {
 	})
 }
 
-// PostgreSQL writes a document anew when it stores it as jsonb; that changes nothing of its meaning, and what PostgreSQL
+// PostgreSQL rewrites a document when it stores it as jsonb; that changes nothing of its meaning, and what PostgreSQL
 // takes for equal is equal here.
 func TestPostgresKeepsTheMeaning(t *testing.T) {
 	db := dbtest.Postgres(t)

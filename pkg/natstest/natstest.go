@@ -86,7 +86,7 @@ func NewCluster(t testing.TB, n int, options ...Option) *Cluster {
 	return c
 }
 
-// led tells whether the cluster has a leader that sees every server.
+// led reports whether the cluster has a leader that sees every server.
 func (c *Cluster) led() bool {
 	for _, s := range c.Servers {
 		if s.srv.JetStreamIsLeader() && len(s.srv.JetStreamClusterPeers()) == len(c.Servers) {

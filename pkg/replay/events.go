@@ -301,7 +301,7 @@ func (r *Run) Each(ctx context.Context, s jetstream.Stream, sel Selection, place
 				return gone, fmt.Errorf("read event %s: %w", place.EventID, err)
 			}
 			item := sel.item(msg)
-			if item.Event != (event.Ref{Source: place.Source, ID: place.EventID}) { // a stream that was made anew
+			if item.Event != (event.Ref{Source: place.Source, ID: place.EventID}) { // a stream that was recreated
 				gone++
 				continue
 			}

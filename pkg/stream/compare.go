@@ -33,7 +33,7 @@ func (d Difference) String() string {
 	return fmt.Sprintf("%s: %s is %s, want %s%s: %s", d.Object, d.Field, d.Have, d.Want, effect, d.Fix)
 }
 
-// CheckStream tells whether a stream of Usher's, as the broker has it, would lose events or never deliver them. A service that needs the
+// CheckStream reports whether a stream of Usher's, as the broker has it, would lose events or never deliver them. A service that needs the
 // stream is not ready then; the error names every such field with what is there, what is wanted and what to do.
 func CheckStream(have jetstream.StreamConfig) error {
 	t := Topology{Replicas: have.Replicas, MaxBytes: have.MaxBytes}
@@ -325,7 +325,7 @@ func sameSet(a, b []string) bool {
 	return slices.Equal(slices.Sorted(slices.Values(a)), slices.Sorted(slices.Values(b)))
 }
 
-// coversAll tells whether every subject is matched by one of the patterns.
+// coversAll reports whether every subject is matched by one of the patterns.
 func coversAll(patterns, subjects []string) bool {
 	for _, subject := range subjects {
 		if !slices.ContainsFunc(patterns, func(p string) bool { return covers(p, subject) }) {
@@ -335,7 +335,7 @@ func coversAll(patterns, subjects []string) bool {
 	return true
 }
 
-// covers tells whether a pattern matches every subject that another one does.
+// covers reports whether a pattern matches every subject that another one does.
 func covers(pattern, subject string) bool {
 	p, s := strings.Split(pattern, "."), strings.Split(subject, ".")
 	for i, token := range p {

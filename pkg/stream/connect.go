@@ -144,7 +144,7 @@ func Knock(ctx context.Context, js jetstream.JetStream, source string) error {
 	return Explain(err)
 }
 
-// leads tells whether a stream has a leader that a majority of its servers can follow. A leader that has lost them answers for some
+// leads reports whether a stream has a leader that a majority of its servers can follow. A leader that has lost them answers for some
 // seconds as if nothing had happened.
 func leads(info *jetstream.StreamInfo) error {
 	cluster := info.Cluster

@@ -18,7 +18,7 @@ type Consumer struct {
 	Pending     uint64  `json:"pending"`     // events that were not delivered yet
 	AckPending  int     `json:"ack_pending"` // delivered and not settled: in work, or waiting for their retry
 	Redelivered int     `json:"redelivered"` // of AckPending, those that were delivered more than once
-	LagSeconds  float64 `json:"lag_seconds"` // age of the oldest unsettled event by the broker's clock, 0 where there is none
+	LagSeconds  float64 `json:"lag_seconds"` // age of the oldest unsettled event by the broker's clock, 0 where there are no such events
 }
 
 // Consumers lists every durable consumer of [Events] by name; what follows the stream for a while, as `usher events tail` does, is not
@@ -100,7 +100,7 @@ func ConsumerInfos(ctx context.Context, s jetstream.Stream) (map[string]*jetstre
 }
 
 // FirstUnsettled finds the first event that a consumer has not settled, and when it was stored, as of info: sequence 0 where
-// there is none. An event that was stored before info is never missed. It asks the broker once for each filter of the consumer.
+// all are settled. An event that was stored before info is never missed. It asks the broker once for each filter of the consumer.
 func FirstUnsettled(ctx context.Context, s jetstream.Stream, info *jetstream.ConsumerInfo) (seq uint64, at time.Time, err error) {
 	// Whether anything is pending is not asked: the broker counts an event a moment after it has confirmed it. The ack floor
 	// alone says nothing: it stays below the events of other consumers, so the next event of this one is read; and below an event

@@ -174,7 +174,7 @@ func TestFirstUnsettledIsExact(t *testing.T) {
 	}
 }
 
-// TestFirstUnsettledIsNotHeldBackByAnEventThatWasGivenUp: of a consumer of somebody else's, with a max_deliver of its own.
+// TestFirstUnsettledIsNotHeldBackByAnEventThatWasGivenUp: of a consumer that is not Usher's, with a max_deliver of its own.
 func TestFirstUnsettledIsNotHeldBackByAnEventThatWasGivenUp(t *testing.T) {
 	t.Parallel()
 	_, js := natstest.New(t).Setup()

@@ -359,7 +359,7 @@ func set[T any](config *T, want T, changes []Difference) {
 	}
 }
 
-// LookUpConsumer is what the broker knows of a consumer on [Events], be it pulled from or, by somebody's mistake, pushed.
+// LookUpConsumer is what the broker knows of a consumer on [Events], be it pulled from or, by mistake, pushed.
 func LookUpConsumer(ctx context.Context, js jetstream.JetStream, name string) (*jetstream.ConsumerInfo, error) {
 	c, err := js.Consumer(ctx, Events, name)
 	if err == nil {

@@ -233,7 +233,7 @@ type brokerAccess struct {
 	options    []nats.Option // of the embedded broker
 }
 
-// embedded tells whether the broker is this process's own.
+// embedded reports whether the broker is this process's own.
 func (b brokerAccess) embedded() bool { return len(b.options) > 0 }
 
 // broker starts the embedded broker, unless the settings name one.

@@ -35,7 +35,7 @@ func (l limits) Run(ctx context.Context) error {
 	return nil
 }
 
-// pending lowers what can be lowered and tells whether something is left.
+// pending lowers what can be lowered and reports whether something is left.
 func (l limits) pending(ctx context.Context) bool {
 	plan, err := l.topology.Check(ctx, l.js)
 	if err != nil {

@@ -77,12 +77,12 @@ func (k Known) For(e *event.Event) Known {
 	return k
 }
 
-// same tells whether the row is of this delivery. Databases keep a time to the microsecond.
+// same reports whether the row is of this delivery. Databases keep a time to the microsecond.
 func (k Known) same(e *event.Event) bool {
 	return k.Seq == e.Seq && k.ReceivedAt.Sub(e.ReceivedAt).Abs() < time.Millisecond
 }
 
-// Settled tells whether the event needs nothing more from the handler. A dead letter is durable before its row is,
+// Settled reports whether the event needs nothing more from the handler. A dead letter is durable before its row is,
 // but may have been lost since: the caller looks.
 func (k Known) Settled() bool {
 	return k.Status == Processed || k.Status == Discarded || k.Status == Dead
