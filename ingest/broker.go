@@ -43,7 +43,7 @@ func (b *broker) check() error {
 		return nil
 	}
 	if err := stream.Connected(b.js.Conn()); err != nil {
-		return err //nolint:wrapcheck // it is in words
+		return err
 	}
 	probed := b.probed.Load()
 	if probed == nil {
@@ -124,11 +124,11 @@ func (b *broker) probe(ctx context.Context) error {
 		return err
 	}
 	if err != nil {
-		return err //nolint:wrapcheck // it is in words
+		return err
 	}
 	info := s.CachedInfo()
 	if err := stream.CheckStream(info.Config); err != nil {
-		return err //nolint:wrapcheck // it names the stream and what to do
+		return err
 	}
 	if c := info.Config; c.MaxBytes > 0 && c.Discard == jetstream.DiscardNew &&
 		info.State.Bytes+fullBelow > uint64(c.MaxBytes) {

@@ -17,7 +17,7 @@ var errUnverified = errors.New("the broker was not asked yet whether it syncs to
 // unverified says why the broker's durability is not known yet.
 func (s *Service) unverified() error {
 	if err := stream.Connected(s.deps.JetStream.Conn()); err != nil {
-		return err //nolint:wrapcheck // it is in words
+		return err
 	}
 	return errUnverified
 }

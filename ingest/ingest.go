@@ -287,7 +287,7 @@ func (s *Service) Run(ctx context.Context) error {
 	})()
 	err := observe.Serve(ctx, server, s.listener, s.cfg.Grace)
 	if cause := context.Cause(ctx); errors.Is(cause, stream.ErrUnsynced) {
-		return cause
+		return fmt.Errorf("listen for webhooks: %w", cause)
 	}
 	if err != nil {
 		return err

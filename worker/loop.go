@@ -615,8 +615,8 @@ func (l *loop) handle(ctx context.Context, tx *gorm.DB, batch []*delivery) (err 
 	if teller, tells := l.handler.(Teller); tells {
 		var effects []event.Effect
 		effects, err = teller.HandleAndTell(ctx, tx, events)
-		for i := range effects {
-			batch[i].effect = effects[i]
+		for i, d := range batch[:min(len(batch), len(effects))] {
+			d.effect = effects[i]
 		}
 	} else {
 		err = l.handler.Handle(ctx, tx, events)

@@ -39,8 +39,10 @@ func TestDeliveryLogThatTakesNoRowIsAPause(t *testing.T) {
 			CREATE TRIGGER no BEFORE INSERT ON deliveries FOR EACH ROW EXECUTE FUNCTION no()`, "DROP TRIGGER no ON deliveries", "a trigger of table deliveries"},
 		{"check", "ALTER TABLE deliveries ADD CONSTRAINT hand CHECK (attempts > 5) NOT VALID", "ALTER TABLE deliveries DROP CONSTRAINT hand", "constraint hand of table deliveries"},
 		{"unique index", "CREATE UNIQUE INDEX hand ON deliveries (handler)", "DROP INDEX hand", "constraint hand of table deliveries"},
-		{"foreign key", "ALTER TABLE deliveries ADD CONSTRAINT hand FOREIGN KEY (user_id) REFERENCES users (id) NOT VALID",
-			"ALTER TABLE deliveries DROP CONSTRAINT hand", "constraint hand of table deliveries"},
+		{
+			"foreign key", "ALTER TABLE deliveries ADD CONSTRAINT hand FOREIGN KEY (user_id) REFERENCES users (id) NOT VALID",
+			"ALTER TABLE deliveries DROP CONSTRAINT hand", "constraint hand of table deliveries",
+		},
 		{"lost key", "ALTER TABLE deliveries DROP CONSTRAINT deliveries_pkey CASCADE", "", "ON CONFLICT"},
 	}
 	sqlite := []alteration{

@@ -591,14 +591,13 @@ func (r *watchRow) tell(tx *gorm.DB, alerts outbox.Alerts) error {
 		Body: fmt.Sprintf("Broker and database do not agree about handler %s: %s.\n\nWhat to do: %s.\n\n"+
 			"Events that are there are applied meanwhile. /readyz of the worker and the metric usher_worker_stream_gap say when it is over.\n", r.Handler, r.Gap, r.heal()),
 	})
-	return err //nolint:wrapcheck // it says what it was about
+	return err
 }
 
 // end ends a finding, and tells so.
 func (r *watchRow) end(tx *gorm.DB, alerts outbox.Alerts, now time.Time) error {
-	found := now
 	if r.GapFoundAt != nil {
-		found = *r.GapFoundAt
+		found := *r.GapFoundAt
 		_, err := alerts.Enqueue(tx, outbox.Notification{
 			EffectKey: r.alertKey(kindStalledOver), Kind: kindStalledOver,
 			Subject: fmt.Sprintf("Usher: events are missing no more, handler %s (stalled, over)", r.Handler),
@@ -606,7 +605,7 @@ func (r *watchRow) end(tx *gorm.DB, alerts outbox.Alerts, now time.Time) error {
 				now.Sub(found).Round(time.Second), r.Gap),
 		})
 		if err != nil {
-			return err //nolint:wrapcheck // it says what it was about
+			return err
 		}
 	}
 	r.Gap, r.GapEvents, r.GapFrom, r.GapTo, r.GapFoundAt = "", 0, 0, 0, nil

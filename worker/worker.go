@@ -240,7 +240,10 @@ func (w *Worker) check(handler string) error {
 			return err
 		}
 	}
-	if err := cmp.Or(w.watches[handler].paused(), w.setups.check(handler)); err != nil {
+	if err := w.watches[handler].paused(); err != nil {
+		return err
+	}
+	if err := w.setups.check(handler); err != nil {
 		return err
 	}
 	if err := w.waiting.check(); err != nil {

@@ -53,9 +53,9 @@ func Open(ctx context.Context, url, schema string) (*gorm.DB, error) {
 	case "sqlite":
 		return openSQLite(ctx, rest)
 	case "":
-		return nil, unusable(nil, "the URL is empty; use postgres://… or sqlite:PATH")
+		return nil, unusable("the URL is empty; use postgres://… or sqlite:PATH")
 	default: // not echoed: what is not understood may hold a password anywhere
-		return nil, unusable(nil, "the URL is neither postgres://… nor sqlite:PATH")
+		return nil, unusable("the URL is neither postgres://… nor sqlite:PATH")
 	}
 }
 

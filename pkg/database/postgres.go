@@ -40,15 +40,15 @@ var execModes = []string{"cache_statement", "cache_describe", "describe_exec"}
 
 func openPostgres(ctx context.Context, address, schema string) (*gorm.DB, error) {
 	if schema == "" {
-		return nil, unusable(nil, "the schema is empty; set USHER_DATABASE_SCHEMA")
+		return nil, unusable("the schema is empty; set USHER_DATABASE_SCHEMA")
 	}
 	if mode, given := parameter(address, "default_query_exec_mode"); given && !slices.Contains(execModes, mode) {
-		return nil, unusable(nil, "default_query_exec_mode=%.40q in USHER_DATABASE_URL cannot work: rows are written with arrays, which pgx cannot encode in that mode; "+
+		return nil, unusable("default_query_exec_mode=%.40q in USHER_DATABASE_URL cannot work: rows are written with arrays, which pgx cannot encode in that mode; "+
 			"remove the parameter, or use cache_describe behind a pooler that knows no prepared statements", mode)
 	}
 	cfg, err := pgx.ParseConfig(address)
 	if err != nil { // pgx hides a password that it understood; what it did not understand is not repeated
-		return nil, unusable(nil, "the URL is not valid; it looks like postgres://user:password@host:5432/name (special characters of the password as %%XX)")
+		return nil, unusable("the URL is not valid; it looks like postgres://user:password@host:5432/name (special characters of the password as %%XX)")
 	}
 	if cfg.DefaultQueryExecMode == pgx.QueryExecModeCacheStatement && cfg.StatementCacheCapacity == 0 { // who says so wants no prepared statements
 		cfg.DefaultQueryExecMode = pgx.QueryExecModeCacheDescribe
@@ -156,9 +156,9 @@ func (*pgConnector) prepare(_ context.Context, conn *pgx.Conn) error {
 
 func badEncoding(name, encoding, database string) error {
 	if name == "client_encoding" {
-		return unusable(nil, "the connection's client_encoding is %s, although UTF8 was asked for: have the pooler in between pass client_encoding on", encoding)
+		return unusable("the connection's client_encoding is %s, although UTF8 was asked for: have the pooler in between pass client_encoding on", encoding)
 	}
-	return unusable(nil, "the encoding of database %q is %s, which cannot hold what Clerk sends; Usher needs UTF8: CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0, and name that one in USHER_DATABASE_URL", database, encoding)
+	return unusable("the encoding of database %q is %s, which cannot hold what Clerk sends; Usher needs UTF8: CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0, and name that one in USHER_DATABASE_URL", database, encoding)
 }
 
 // look asks a server whether it can be used.
@@ -171,7 +171,7 @@ func (c *pgConnector) look(ctx context.Context, pool *sql.DB) error {
 	case err != nil:
 		return err //nolint:wrapcheck // the caller says what it was for
 	case version < minPostgres:
-		return unusable(nil, "PostgreSQL %d is too old; Usher needs %d or newer", version/10000, minPostgres/10000)
+		return unusable("PostgreSQL %d is too old; Usher needs %d or newer", version/10000, minPostgres/10000)
 	case server != "UTF8": // a pooler may not have told
 		return badEncoding("server_encoding", server, c.cfg.Database)
 	case client != "UTF8":
@@ -259,7 +259,7 @@ func (c *pgConn) ExecContext(ctx context.Context, query string, args []driver.Na
 		_ = tx.Rollback()
 		return nil, err //nolint:wrapcheck // transparent
 	}
-	return result, tx.Commit()
+	return result, tx.Commit() //nolint:wrapcheck // transparent
 }
 
 // pgTx is a transaction of pgx for database/sql, which gives the context only to its begin.
@@ -295,8 +295,8 @@ func (e *OpenError) Unwrap() []error {
 // WrongSettings reports whether waiting is no cure: the settings must change, or the database.
 func (e *OpenError) WrongSettings() bool { return errors.Is(e.kind, ErrUnusable) }
 
-func unusable(cause error, format string, args ...any) error {
-	return &OpenError{kind: ErrUnusable, text: fmt.Sprintf(format, args...), err: cause}
+func unusable(format string, args ...any) error {
+	return &OpenError{kind: ErrUnusable, text: fmt.Sprintf(format, args...)}
 }
 
 func openError(err error, cfg *pgx.ConnConfig) error {

@@ -35,7 +35,7 @@ var pragmas = []string{
 func openSQLite(ctx context.Context, path string) (*gorm.DB, error) {
 	path = strings.TrimPrefix(path, "//") // sqlite:///var/lib/usher.db is what other programs write
 	if path == "" || strings.HasPrefix(path, ":memory:") {
-		return nil, unusable(nil, "sqlite needs the path of a file, as in sqlite:usher-data/usher.db")
+		return nil, unusable("sqlite needs the path of a file, as in sqlite:usher-data/usher.db")
 	}
 	path, err := filepath.Abs(path)
 	if err != nil {
@@ -65,7 +65,7 @@ func openSQLite(ctx context.Context, path string) (*gorm.DB, error) {
 	}
 	if err == nil && encoding != "UTF-8" { // ids would be compared by the bytes of UTF-16, and rows be won by other events
 		_ = pool.Close()
-		return nil, unusable(nil, "the encoding of %s is %s; Usher needs UTF-8: name a new file in USHER_DATABASE_URL, and fill it with `usher setup` and `usher backfill`", path, encoding)
+		return nil, unusable("the encoding of %s is %s; Usher needs UTF-8: name a new file in USHER_DATABASE_URL, and fill it with `usher setup` and `usher backfill`", path, encoding)
 	}
 	if err != nil {
 		_ = pool.Close()

@@ -166,7 +166,7 @@ func (t *Table) write(ctx context.Context, tx *gorm.DB, rows []*row, now time.Ti
 	}
 	n, err := t.upsert.Exec(ctx, tx, values)
 	if err != nil {
-		return err //nolint:wrapcheck // Apply wraps it
+		return err
 	}
 	return t.note(ctx, tx, rows, n, now)
 }

@@ -57,9 +57,18 @@ func TestNoEventOfAnotherSourceChangesARow(t *testing.T) {
 				first := source("first")
 				var made []event.Event
 				for _, object := range []struct{ resource, id string }{
-					{"user", "user_1"}, {"user", "user_2"}, {"organization", "org_1"}, {"organization", "org_2"},
-					{"organizationMembership", "orgmem_1"}, {"organizationMembership", "orgmem_2"}, {"session", "sess_1"}, {"session", "sess_2"},
-					{"organizationInvitation", "orginv_1"}, {"organizationInvitation", "orginv_2"}, {"organizationDomain", "orgdmn_1"}, {"organizationDomain", "orgdmn_2"},
+					{"user", "user_1"},
+					{"user", "user_2"},
+					{"organization", "org_1"},
+					{"organization", "org_2"},
+					{"organizationMembership", "orgmem_1"},
+					{"organizationMembership", "orgmem_2"},
+					{"session", "sess_1"},
+					{"session", "sess_2"},
+					{"organizationInvitation", "orginv_1"},
+					{"organizationInvitation", "orginv_2"},
+					{"organizationDomain", "orgdmn_1"},
+					{"organizationDomain", "orgdmn_2"},
 				} {
 					made = append(made, first("msg_made", bodyOf(panics{}, object.resource+".created", 1, map[string]any{"id": object.id, "updated_at": 1})))
 				}

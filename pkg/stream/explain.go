@@ -98,10 +98,10 @@ func StorageTrouble(report, dir string) string {
 
 func explain(kind error, words string, cause error) error {
 	chain := []error{kind, cause}
-	switch kind { //nolint:errorlint // one of ours, by itself
-	case ErrStorage:
+	switch {
+	case errors.Is(kind, ErrStorage):
 		chain = append(chain, ErrFull)
-	case ErrSetup, ErrFull, ErrTooLarge, ErrUnavailable:
+	case errors.Is(kind, ErrSetup), errors.Is(kind, ErrFull), errors.Is(kind, ErrTooLarge), errors.Is(kind, ErrUnavailable):
 	default:
 		chain = append(chain, ErrUnavailable)
 	}
@@ -161,7 +161,7 @@ var (
 )
 
 func kindOfAPI(api *jetstream.APIError) error {
-	switch api.ErrorCode {
+	switch api.ErrorCode { //nolint:exhaustive // the others have no words of ours
 	case jetstream.JSErrCodeStreamNotFound, jetstream.JSErrCodeConsumerNotFound:
 		return ErrSetup
 	case jetstream.JSErrCodeJetStreamNotEnabled, jetstream.JSErrCodeJetStreamNotEnabledForAccount:

@@ -104,7 +104,7 @@ func TestFirstUnsettledIsExact(t *testing.T) {
 	open := map[uint64]jetstream.Msg{} // what the handler has not settled; nil where it was not delivered
 	times := map[uint64]time.Time{}
 	subjects := []string{"clerk.evt.clerk.session.created.u", "clerk.evt.clerk.user.created.u", "clerk.replay.fraud.clerk.user.updated.u", "clerk.evt.clerk.user.updated.u", "clerk.replay.mirror.clerk.user.updated.u"}
-	rnd := rand.New(rand.NewPCG(1, 2)) //nolint:gosec // a test that can be repeated
+	rnd := rand.New(rand.NewPCG(1, 2))
 	check := func(step int) {
 		t.Helper()
 		infos, err := stream.ConsumerInfos(t.Context(), s)
