@@ -91,7 +91,7 @@ func (s *signUps) apply(e event.Event) error {
 			return err
 		}
 		_, err = mirror.Apply(context.Background(), tx, []event.Event{e})
-		return err //nolint:wrapcheck // the test says what it was
+		return err
 	})
 }
 

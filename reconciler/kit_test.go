@@ -133,7 +133,7 @@ func apply(ctx context.Context, db *gorm.DB, batch []event.Event) error {
 			}
 		}
 		_, err := mirror.Apply(ctx, tx, batch)
-		return err //nolint:wrapcheck // the test says what it was
+		return err
 	})
 }
 

@@ -327,7 +327,10 @@ func TestAnIDOfTwoSourcesIsNoName(t *testing.T) {
 		y.quiet("mirror")
 
 		for _, args := range [][]string{
-			{"events", "show", "msg_both"}, {"dlq", "show", "msg_both"}, {"dlq", "replay", "msg_both", "--yes"}, {"dlq", "discard", "msg_other", "msg_both", "--yes"},
+			{"events", "show", "msg_both"},
+			{"dlq", "show", "msg_both"},
+			{"dlq", "replay", "msg_both", "--yes"},
+			{"dlq", "discard", "msg_other", "msg_both", "--yes"},
 			{"replay", "--event", "msg_both", "--yes"},
 		} {
 			r := y.Run(args...).want(exitUsage)
