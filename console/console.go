@@ -199,5 +199,8 @@ func unavailable(err error) (code, message string) {
 	if errors.Is(err, stream.ErrSetup) {
 		return "setup_missing", stream.ErrSetup.Error()
 	}
+	if err = stream.Explain(err); errors.Is(err, stream.ErrUnavailable) {
+		return "broker_unavailable", stream.Words(err).Error()
+	}
 	return "broker_unavailable", "the broker does not answer"
 }

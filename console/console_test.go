@@ -232,6 +232,8 @@ func TestReadinessFollowsTheStreamsAndTheBroker(t *testing.T) {
 	got = r.do(t, http.MethodGet, "/api/consumers", nil)
 	assert.Equal(t, http.StatusServiceUnavailable, got.status)
 	assert.Contains(t, got.body, "broker_unavailable")
+	assert.Contains(t, got.body, stream.ErrUnavailable.Error())
+	assert.NotContains(t, got.body, "nats: ")
 
 	broker.Start()
 	require.Eventually(t, func() bool { return problem() == "" }, 15*time.Second, 10*time.Millisecond)

@@ -257,7 +257,7 @@ func (e *ensurer) publish(ctx context.Context, s *reader, user clerk.Object, rea
 		}
 		ack, err := e.js.PublishMsg(ctx, stream.Message(&ev))
 		if err != nil {
-			return &refusal{"broker_unavailable", "the broker does not take the event", err}
+			return &refusal{"broker_unavailable", stream.Words(stream.Explain(err)).Error(), stream.Explain(err)}
 		}
 		if ack.Duplicate {
 			if waits, err := e.waits(ctx); err != nil || waits {
@@ -275,7 +275,7 @@ func (e *ensurer) publish(ctx context.Context, s *reader, user clerk.Object, rea
 func (e *ensurer) waits(ctx context.Context) (bool, error) {
 	consumer, err := e.js.Consumer(ctx, stream.Events, mirrorHandler)
 	if err != nil {
-		return false, &refusal{"broker_unavailable", "the broker does not answer", err}
+		return false, &refusal{"broker_unavailable", stream.Words(stream.Explain(err)).Error(), stream.Explain(err)}
 	}
 	info := consumer.CachedInfo()
 	return info.NumPending+uint64(max(info.NumAckPending, 0)) > 0, nil

@@ -98,7 +98,7 @@ func apart(before, now *sample, last *progress) (rows int64, still bool) {
 func (w *sweep) applied(ctx context.Context) (bool, error) {
 	events, err := w.js.Stream(ctx, stream.Events)
 	if err != nil {
-		return false, fmt.Errorf("look up stream %s: %w", stream.Events, err)
+		return false, fmt.Errorf("look up stream %s: %w", stream.Events, stream.Explain(err))
 	}
 	for range w.cfg.Rechecks {
 		if err := sleep(ctx, w.cfg.Pause); err != nil {

@@ -43,7 +43,7 @@ func acquire(ctx context.Context, js jetstream.JetStream, key, holder string, tt
 		return nil, nil, stream.ErrSetup
 	}
 	if err != nil {
-		return nil, nil, fmt.Errorf("open bucket %s: %w", stream.Leases, err)
+		return nil, nil, fmt.Errorf("open bucket %s: %w", stream.Leases, stream.Explain(err))
 	}
 	began := time.Now()
 	rev, err := kv.Create(ctx, key, []byte(holder), jetstream.KeyTTL(ttl))
@@ -55,7 +55,7 @@ func acquire(ctx context.Context, js jetstream.JetStream, key, holder string, tt
 		return nil, nil, fmt.Errorf("%w%s", errBusy, by)
 	}
 	if err != nil {
-		return nil, nil, fmt.Errorf("take lease %s: %w", key, err)
+		return nil, nil, fmt.Errorf("take lease %s: %w", key, stream.Explain(err))
 	}
 	l := &lease{
 		js: js, kv: kv, key: key, holder: holder, ttl: ttl, rev: rev, fence: rev, until: began.Add(ttl - ttl/4),
@@ -144,7 +144,7 @@ func (l *lease) mine(ctx context.Context) (bool, error) {
 		return false, nil
 	}
 	if err != nil {
-		return false, fmt.Errorf("read lease %s: %w", l.key, err)
+		return false, fmt.Errorf("read lease %s: %w", l.key, stream.Explain(err))
 	}
 	if string(entry.Value()) != l.holder || entry.Revision() < l.rev {
 		return false, nil

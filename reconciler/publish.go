@@ -187,7 +187,7 @@ func (w *sweep) lost(ctx context.Context, known []*drift) ([]*drift, error) {
 		}
 		events, err := w.js.Stream(ctx, stream.Events)
 		if err != nil {
-			return fmt.Errorf("look up stream %s: %w", stream.Events, err)
+			return fmt.Errorf("look up stream %s: %w", stream.Events, stream.Explain(err))
 		}
 		group, gctx := errgroup.WithContext(ctx)
 		group.SetLimit(64)
@@ -226,7 +226,7 @@ func holds(ctx context.Context, events jetstream.Stream, seq uint64, e *event.Ev
 			return false, nil
 		}
 		if err != nil {
-			return false, fmt.Errorf("look for event %s: %w", e.ID, err)
+			return false, fmt.Errorf("look for event %s: %w", e.ID, stream.Explain(err))
 		}
 		if msg.Header.Get(stream.HeaderEventID) == e.ID {
 			return true, nil
@@ -354,7 +354,7 @@ func (w *sweep) backlog(ctx context.Context) (pending int, floor uint64, err err
 		return 0, 0, nil
 	}
 	if err != nil {
-		return 0, 0, fmt.Errorf("look up consumer %s: %w", mirrorHandler, err)
+		return 0, 0, fmt.Errorf("look up consumer %s: %w", mirrorHandler, stream.Explain(err))
 	}
 	info := consumer.CachedInfo()
 	return int(info.NumPending) + info.NumAckPending, info.AckFloor.Stream, nil
@@ -374,7 +374,7 @@ func (w *sweep) landed(ctx context.Context, candidates []*candidate) ([]*candida
 	}
 	events, err := w.js.Stream(ctx, stream.Events)
 	if err != nil {
-		return nil, fmt.Errorf("look up stream %s: %w", stream.Events, err)
+		return nil, fmt.Errorf("look up stream %s: %w", stream.Events, stream.Explain(err))
 	}
 	var left []*candidate
 	for _, c := range candidates {
@@ -403,7 +403,7 @@ func (w *sweep) onItsWay(ctx context.Context, events jetstream.Stream, seq uint6
 			return false, nil
 		}
 		if err != nil {
-			return false, fmt.Errorf("look for events of %s: %w", filter, err)
+			return false, fmt.Errorf("look for events of %s: %w", filter, stream.Explain(err))
 		}
 		id := msg.Header.Get(stream.HeaderEventID)
 		settled, err := w.books.settled(ctx, []string{id}, "processed", "dead", "discarded")

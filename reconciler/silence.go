@@ -113,7 +113,7 @@ func (r *Reconciler) look(ctx context.Context, s *source, d *detector) (time.Dur
 	// comes in between is heard at the next look.
 	events, err := r.js.Stream(ctx, stream.Events)
 	if err != nil {
-		return 0, fmt.Errorf("look up stream %s: %w", stream.Events, err)
+		return 0, fmt.Errorf("look up stream %s: %w", stream.Events, stream.Explain(err))
 	}
 	o, _, err := s.client.Latest(ctx, "users")
 	if err != nil {
@@ -284,7 +284,7 @@ func (r *Reconciler) heard(ctx context.Context, events jetstream.Stream, name st
 		page, err := jetstreamext.GetBatch(ctx, r.js, stream.Events, listenPage, jetstreamext.GetBatchSeq(d.Position+1),
 			jetstreamext.GetBatchSubject("clerk.evt."+stream.Token(name)+".>"), jetstreamext.GetBatchMaxBytes(8<<20))
 		if err != nil {
-			return false, false, fmt.Errorf("look for events: %w", err)
+			return false, false, fmt.Errorf("look for events: %w", stream.Explain(err))
 		}
 		got := 0
 		for msg, err := range page {
@@ -293,7 +293,7 @@ func (r *Reconciler) heard(ctx context.Context, events jetstream.Stream, name st
 				return false, true, nil
 			}
 			if err != nil {
-				return false, false, fmt.Errorf("look for events: %w", err)
+				return false, false, fmt.Errorf("look for events: %w", stream.Explain(err))
 			}
 			got++
 			d.Position = msg.Sequence
@@ -315,14 +315,14 @@ func memoryKey(source string) string { return "silence." + stream.Token(source) 
 func (r *Reconciler) remember(ctx context.Context, source string) (d detector, err error) {
 	kv, err := r.js.KeyValue(ctx, stream.Leases)
 	if err != nil {
-		return d, fmt.Errorf("open bucket %s: %w", stream.Leases, err)
+		return d, fmt.Errorf("open bucket %s: %w", stream.Leases, stream.Explain(err))
 	}
 	entry, err := kv.Get(ctx, memoryKey(source))
 	if errors.Is(err, jetstream.ErrKeyNotFound) {
 		return d, nil
 	}
 	if err != nil {
-		return d, fmt.Errorf("read %s: %w", memoryKey(source), err)
+		return d, fmt.Errorf("read %s: %w", memoryKey(source), stream.Explain(err))
 	}
 	if json.Unmarshal(entry.Value(), &d) != nil { // of another version: begin anew
 		d = detector{}
@@ -340,7 +340,7 @@ func (r *Reconciler) note(ctx context.Context, source string, d detector) error 
 		_, err = kv.Put(ctx, memoryKey(source), text)
 	}
 	if err != nil {
-		return fmt.Errorf("note silence: %w", err)
+		return fmt.Errorf("note silence: %w", stream.Explain(err))
 	}
 	return nil
 }

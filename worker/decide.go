@@ -133,18 +133,14 @@ func logFailed(operation string, err error) error {
 	return err
 }
 
-// Error codes of the broker that the client library has no names for (nats-server server/errors.json).
-const (
-	codeStreamFull  jetstream.ErrorCode = 10077
-	codeNoResources jetstream.ErrorCode = 10023
-	codeTooLarge    jetstream.ErrorCode = 10054
-	codeSealed      jetstream.ErrorCode = 10109
-)
+// codeSealed is an error code of the broker that the client library has no name for (nats-server server/errors.json).
+const codeSealed jetstream.ErrorCode = 10109
 
-// isRefused reports whether the broker answered that it does not store a message, or that no stream takes it.
+// isRefused reports whether the broker answered that it does not store a message, or that no stream takes it. A cluster without a leader is
+// an outage.
 func isRefused(err error) bool {
 	var api *jetstream.APIError
-	return errors.As(err, &api) || isTooLarge(err) || isMissingStream(err)
+	return errors.As(err, &api) && !errors.Is(stream.Explain(err), stream.ErrUnavailable) || isTooLarge(err) || isMissingStream(err)
 }
 
 func isMissingStream(err error) bool {
@@ -152,10 +148,7 @@ func isMissingStream(err error) bool {
 }
 
 // isFull tells whether the broker has no room for a message.
-func isFull(err error) bool {
-	var api *jetstream.APIError
-	return errors.As(err, &api) && (api.ErrorCode == codeStreamFull || api.ErrorCode == codeNoResources)
-}
+func isFull(err error) bool { return errors.Is(stream.Explain(err), stream.ErrFull) }
 
 // advise says what is to be done about a dead letter that the broker does not store.
 func advise(err error) string {
@@ -174,10 +167,7 @@ func advise(err error) string {
 	}
 }
 
-func isTooLarge(err error) bool {
-	var api *jetstream.APIError
-	return errors.Is(err, nats.ErrMaxPayload) || errors.As(err, &api) && api.ErrorCode == codeTooLarge
-}
+func isTooLarge(err error) bool { return errors.Is(stream.Explain(err), stream.ErrTooLarge) }
 
 func isPermanent(err error) bool {
 	var permanent *permanentError
@@ -194,9 +184,8 @@ var (
 
 // Outages that are not an error of the database's own.
 var (
-	errBroker       = errors.New("broker")
-	errNotConnected = errors.New("not connected to the broker")
-	errSlow         = errors.New("database did not finish")
+	errBroker = errors.New("broker")
+	errSlow   = errors.New("database did not finish")
 )
 
 // reasonOf names the error of an event in the closed set.

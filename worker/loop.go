@@ -88,15 +88,12 @@ func (l *loop) run(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return nil //nolint:nilerr // a stop is not a failure
 		}
-		if errors.Is(err, jetstream.ErrStreamNotFound) || errors.Is(err, jetstream.ErrConsumerNotFound) {
-			err = fmt.Errorf("%w: %w", stream.ErrSetup, err)
-		}
 		if time.Since(opened) > time.Minute {
 			policy.Reset()
 		}
 		delay := policy.NextBackOff()
 		l.broker.setTrouble(fmt.Errorf("broker: %w", err))
-		l.log.Warn("broker is away, handler pauses", zap.Error(err), zap.Duration("delay", delay))
+		l.log.Warn("broker is unavailable, handler pauses", zap.Error(err), zap.Duration("delay", delay))
 		select {
 		case <-ctx.Done():
 			return nil
@@ -111,13 +108,13 @@ func (l *loop) run(ctx context.Context) error {
 func (l *loop) consume(ctx context.Context) error {
 	consumer, err := l.js.Consumer(ctx, stream.Events, l.handler.Name())
 	if err != nil {
-		return fmt.Errorf("open consumer %s: %w", l.handler.Name(), err)
+		return fmt.Errorf("open consumer %s: %w", l.handler.Name(), stream.Explain(err))
 	}
 	iter, err := consumer.Messages(
 		jetstream.PullMaxBytes(prefetchBytes),
 		jetstream.PullHeartbeat(5*time.Second), jetstream.PullExpiry(30*time.Second))
 	if err != nil {
-		return fmt.Errorf("pull from consumer %s: %w", l.handler.Name(), err)
+		return fmt.Errorf("pull from consumer %s: %w", l.handler.Name(), stream.Explain(err))
 	}
 	defer iter.Stop()
 	if l.broker.check() != nil {
@@ -159,7 +156,7 @@ func (l *loop) consume(ctx context.Context) error {
 	if ctx.Err() != nil {
 		return nil
 	}
-	return fmt.Errorf("consume %s: %w", l.handler.Name(), err)
+	return fmt.Errorf("consume %s: %w", l.handler.Name(), stream.Explain(err))
 }
 
 // pump moves messages from the blocking iterator to the lanes, so that a lane can take what is there without
@@ -214,7 +211,7 @@ func (l *loop) drain(iter jetstream.MessagesContext) error {
 		case err == nil:
 			l.giveBack(msg)
 		case errors.Is(err, nats.ErrTimeout):
-			l.broker.setTrouble(fmt.Errorf("broker: %w", err))
+			l.broker.setTrouble(fmt.Errorf("broker: %w", stream.Explain(err)))
 			return err //nolint:wrapcheck // a stop is not a failure
 		case !errors.Is(err, jetstream.ErrNoHeartbeat):
 			l.broker.setTrouble(nil)
@@ -236,8 +233,8 @@ func (l *loop) heartbeat(stop context.Context) error {
 		return err //nolint:wrapcheck // run says what it was for
 	}
 	if err != nil {
-		err = fmt.Errorf("broker: %w", err)
-		l.log.Warn("broker is away, handler pauses", zap.Error(err))
+		err = fmt.Errorf("broker: %w", stream.Explain(err))
+		l.log.Warn("broker is unavailable, handler pauses", zap.Error(err))
 	}
 	l.broker.setTrouble(err)
 	return nil
@@ -475,7 +472,7 @@ func (l *loop) sort(ctx context.Context, tx *gorm.DB, batch []*delivery) (sorted
 		if d.known.Status == inbox.Dead { // a crash came between the row and the end of the original; else nobody would send it
 			there, err := deadletter.Exists(ctx, l.js, l.handler.Name(), d.event.Ref(), d.known.LetterSeq)
 			if err != nil {
-				return sorted{}, fmt.Errorf("look up dead letter of %s: %w: %w", d.event.ID, errBroker, err)
+				return sorted{}, fmt.Errorf("look up dead letter of %s: %w: %w", d.event.ID, errBroker, stream.Explain(err))
 			}
 			if !there {
 				d.known = inbox.Known{}
@@ -879,6 +876,9 @@ func (l *loop) putDeadLetter(ctx context.Context, v verdict) (uint64, error) {
 		seq, err = deadletter.Put(putCtx, l.js, record)
 	}
 	if err != nil {
+		if !isRefused(err) { // whose text is for the stream of events: advise knows better
+			err = stream.Explain(err)
+		}
 		return 0, fmt.Errorf("%w: %w", errBroker, err)
 	}
 	return seq, nil

@@ -122,7 +122,7 @@ func (l *loop) probe(ctx context.Context) error {
 		if errors.Is(err, jetstream.ErrStreamNotFound) || errors.Is(err, jetstream.ErrConsumerNotFound) {
 			return nil // the subscription ends by itself and says so
 		}
-		return fmt.Errorf("%w: %w", errBroker, err)
+		return fmt.Errorf("%w: %w", errBroker, stream.Explain(err))
 	}
 	return nil
 }
@@ -132,8 +132,8 @@ func (l *loop) check() error {
 	if err := l.outage.check(); err != nil {
 		return err
 	}
-	if !l.js.Conn().IsConnected() {
-		return errNotConnected
+	if err := stream.Connected(l.js.Conn()); err != nil {
+		return err
 	}
 	if err := l.broker.check(); err != nil {
 		return err

@@ -68,7 +68,7 @@ func (w *Worker) clean(ctx context.Context) {
 func (w *Worker) purgeStream(ctx context.Context) (now time.Time, purged uint64, err error) {
 	s, err := w.deps.JetStream.Stream(ctx, stream.Events)
 	if err != nil {
-		return now, 0, fmt.Errorf("look up stream %s: %w", stream.Events, err)
+		return now, 0, fmt.Errorf("look up stream %s: %w", stream.Events, stream.Explain(err))
 	}
 	before := s.CachedInfo()
 	now = before.TimeStamp
@@ -84,7 +84,7 @@ func (w *Worker) purgeStream(ctx context.Context) (now time.Time, purged uint64,
 	}
 	young, err := firstSince(ctx, s, cutoff, state.FirstSeq, min(keep, state.LastSeq)+1)
 	if err != nil {
-		return now, 0, fmt.Errorf("find the first event since %s: %w", cutoff.UTC().Format(time.RFC3339), err)
+		return now, 0, fmt.Errorf("find the first event since %s: %w", cutoff.UTC().Format(time.RFC3339), stream.Explain(err))
 	}
 	if young <= keep { // nothing that is old is held
 		keep, holder = young, ""
@@ -97,11 +97,11 @@ func (w *Worker) purgeStream(ctx context.Context) (now time.Time, purged uint64,
 		return now, 0, err
 	}
 	if err := s.Purge(ctx, jetstream.WithPurgeSequence(keep)); err != nil {
-		return now, 0, fmt.Errorf("purge stream %s: %w", stream.Events, err)
+		return now, 0, fmt.Errorf("purge stream %s: %w", stream.Events, stream.Explain(err))
 	}
 	after, err := s.Info(ctx)
 	if err != nil {
-		return now, 0, fmt.Errorf("look up stream %s: %w", stream.Events, err)
+		return now, 0, fmt.Errorf("look up stream %s: %w", stream.Events, stream.Explain(err))
 	}
 	// What came in meanwhile is not to be counted as a loss, nor another worker's purge as ours twice.
 	gone := int64(state.Msgs) + int64(after.State.LastSeq) - int64(state.LastSeq) - int64(after.State.Msgs)
@@ -180,7 +180,7 @@ func (f fill) problem() error {
 func (w *Worker) makeRoom(ctx context.Context) (fill, error) {
 	s, err := w.deps.JetStream.Stream(ctx, stream.Events)
 	if err != nil {
-		return fill{}, fmt.Errorf("look up stream %s: %w", stream.Events, err)
+		return fill{}, fmt.Errorf("look up stream %s: %w", stream.Events, stream.Explain(err))
 	}
 	info := s.CachedInfo()
 	f := fill{before: info.State.Bytes, bytes: info.State.Bytes, max: info.Config.MaxBytes}
@@ -207,10 +207,10 @@ func (w *Worker) makeRoom(ctx context.Context) (fill, error) {
 		}
 		cancel()
 		if err := s.Purge(ctx, jetstream.WithPurgeSequence(upTo)); err != nil {
-			return f, fmt.Errorf("purge stream %s: %w", stream.Events, err)
+			return f, fmt.Errorf("purge stream %s: %w", stream.Events, stream.Explain(err))
 		}
 		if info, err = s.Info(ctx); err != nil {
-			return f, fmt.Errorf("look up stream %s: %w", stream.Events, err)
+			return f, fmt.Errorf("look up stream %s: %w", stream.Events, stream.Explain(err))
 		}
 		// What came in meanwhile is not to be counted as a loss, nor another worker's purge as ours twice.
 		f.purged += uint64(max(int64(state.Msgs)+int64(info.State.LastSeq)-int64(state.LastSeq)-int64(info.State.Msgs), 0))

@@ -260,13 +260,13 @@ func (w *watch) look(ctx context.Context) (suspected bool, err error) {
 	}
 	s, err := w.js.Stream(ctx, stream.Events)
 	if err != nil {
-		return false, fmt.Errorf("look up stream %s: %w", stream.Events, err)
+		return false, fmt.Errorf("look up stream %s: %w", stream.Events, stream.Explain(err))
 	}
 	info := s.CachedInfo()
 	before := w.sees(info)
 	consumer, err := w.js.Consumer(ctx, stream.Events, w.handler)
 	if err != nil {
-		return false, fmt.Errorf("look up consumer %s: %w", w.handler, err)
+		return false, fmt.Errorf("look up consumer %s: %w", w.handler, stream.Explain(err))
 	}
 	c := consumer.CachedInfo()
 	next := watchRow{
@@ -678,7 +678,7 @@ func (w *watch) healed(ctx context.Context, s jetstream.Stream, row *watchRow) (
 			return false, nil
 		}
 		if err != nil {
-			return false, fmt.Errorf("read event %d: %w", seq, err)
+			return false, fmt.Errorf("read event %d: %w", seq, stream.Explain(err))
 		}
 		if ok, err := w.hasRow(ctx, refOf(msg)); !ok || err != nil {
 			return false, err
@@ -709,7 +709,7 @@ func (w *watch) after(ctx context.Context, s jetstream.Stream, seq uint64) (*jet
 		switch {
 		case errors.Is(err, jetstream.ErrMsgNotFound):
 		case err != nil:
-			return nil, fmt.Errorf("read the first event of %s from %d on: %w", filter, seq, err)
+			return nil, fmt.Errorf("read the first event of %s from %d on: %w", filter, seq, stream.Explain(err))
 		case first == nil || msg.Sequence < first.Sequence:
 			first = msg
 		}

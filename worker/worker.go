@@ -207,7 +207,7 @@ func (w *Worker) Run(ctx context.Context) error {
 		return fmt.Errorf("run handlers: %w", err)
 	}
 	if err := w.flush(context.WithoutCancel(ctx)); err != nil {
-		w.deps.Log.Warn("last acks may be lost: their events come again and are recognised", zap.Error(err))
+		w.deps.Log.Warn("last acks may be lost: their events are redelivered and recognised", zap.Error(err))
 	}
 	return nil
 }
@@ -230,7 +230,7 @@ func (w *Worker) flush(ctx context.Context) (err error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, drainWait)
 	defer cancel()
-	return w.deps.JetStream.Conn().FlushWithContext(ctx) //nolint:wrapcheck // the caller says what may be lost
+	return stream.Explain(w.deps.JetStream.Conn().FlushWithContext(ctx))
 }
 
 // check is the readiness of a handler.

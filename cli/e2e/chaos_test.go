@@ -170,6 +170,9 @@ func newClusterOf(t *testing.T, cfg clusterConfig) *cluster {
 	return c
 }
 
+// login is what the brokers let in.
+const login = `authorization { user: usher, password: "right" }`
+
 // configureBrokers writes the brokers' configurations and returns how many replicas a stream may have.
 func (c *cluster) configureBrokers(cfg clusterConfig) (replicas int) {
 	c.t.Helper()
@@ -181,7 +184,7 @@ func (c *cluster) configureBrokers(cfg clusterConfig) (replicas int) {
 	var urls, routes, listens []string
 	for range n {
 		client, route := freeAddr(c.t), freeAddr(c.t)
-		listens, urls, routes = append(listens, client), append(urls, "nats://"+client), append(routes, route)
+		listens, urls, routes = append(listens, client), append(urls, "nats://usher:right@"+client), append(routes, route)
 	}
 	configs := c.t.TempDir()
 	for i := range n {
@@ -190,7 +193,7 @@ func (c *cluster) configureBrokers(cfg clusterConfig) (replicas int) {
 			name = fmt.Sprintf("nats-%d", i+1)
 			folder = filepath.Join(store, name)
 		}
-		text := fmt.Sprintf("server_name: %s\nlisten: %q\nhttp: %q\njetstream { store_dir: %q, max_file_store: 8GB, sync_interval: always }\n", name, listens[i], monitor, folder)
+		text := fmt.Sprintf("server_name: %s\nlisten: %q\nhttp: %q\njetstream { store_dir: %q, max_file_store: 8GB, sync_interval: always }\n%s\n", name, listens[i], monitor, folder, login)
 		if n > 1 {
 			text += fmt.Sprintf("cluster { name: usher, listen: %q, routes: [nats://%s] }\n", routes[i], strings.Join(routes, ", nats://"))
 		}
@@ -280,14 +283,22 @@ func (c *cluster) ready() {
 func (c *cluster) settled(answered int, within time.Duration) time.Duration {
 	c.t.Helper()
 	start := time.Now()
+	var now strings.Builder
 	require.Eventually(c.t, func() bool {
-		var n int64
-		if c.db.Table("deliveries").Where("handler = 'mirror' AND status IN ('processed', 'dead')").Count(&n).Error != nil || n < int64(answered) {
+		var n, open int64
+		rows := func() *gorm.DB { return c.db.Table("deliveries").Where("handler = 'mirror' AND origin = 'webhook'") }
+		if rows().Where("status IN ('processed', 'dead')").Count(&n).Error != nil || rows().Where("status = 'retrying'").Count(&open).Error != nil {
 			return false
 		}
 		consumer, err := c.js.Consumer(context.Background(), stream.Events, "mirror")
-		return err == nil && consumer.CachedInfo().NumPending == 0 && consumer.CachedInfo().NumAckPending == 0
-	}, within, 50*time.Millisecond, "%d events were answered", answered)
+		if err != nil {
+			return false
+		}
+		info := consumer.CachedInfo()
+		now.Reset()
+		_, _ = fmt.Fprintf(&now, "%d settled, %d retrying, consumer: %+v", n, open, info)
+		return n >= int64(answered) && open == 0 && info.NumPending == 0 && info.NumAckPending == 0
+	}, within, 50*time.Millisecond, "%d events were answered; %s", answered, &now)
 	return time.Since(start)
 }
 

@@ -52,7 +52,7 @@ func open(ctx context.Context, js jetstream.JetStream) (jetstream.Stream, error)
 		return nil, stream.ErrSetup
 	}
 	if err != nil {
-		return nil, fmt.Errorf("look up stream %s: %w", stream.DeadLetters, err)
+		return nil, fmt.Errorf("look up stream %s: %w", stream.DeadLetters, stream.Explain(err))
 	}
 	return s, nil
 }
@@ -67,7 +67,7 @@ func read(ctx context.Context, s jetstream.Stream, e Entry) (*jetstream.RawStrea
 		return nil, ErrGone
 	}
 	if err != nil {
-		return nil, fmt.Errorf("read dead letter %d: %w", e.LetterSeq, err)
+		return nil, fmt.Errorf("read dead letter %d: %w", e.LetterSeq, stream.Explain(err))
 	}
 	if msg.Header.Get(stream.HeaderEventID) != e.EventID || msg.Header.Get(stream.HeaderSource) != e.Source || msg.Header.Get(headerHandler) != e.Handler { // a stream that was recreated
 		return nil, ErrGone

@@ -11,6 +11,7 @@ import (
 	"gorm.io/gorm/clause"
 
 	"github.com/usherhq/usher/pkg/event"
+	"github.com/usherhq/usher/pkg/stream"
 )
 
 // Sweeper makes the letters and their index agree again after a crash, or after one of the two was restored from a backup. A
@@ -100,11 +101,11 @@ const nextWait = 5 * time.Second
 func (s *Sweeper) walk(ctx context.Context, dlq jetstream.Stream, last uint64, swept *Swept) error {
 	consumer, err := dlq.OrderedConsumer(ctx, jetstream.OrderedConsumerConfig{HeadersOnly: true, InactiveThreshold: time.Minute})
 	if err != nil {
-		return fmt.Errorf("read dead letters: %w", err)
+		return fmt.Errorf("read dead letters: %w", stream.Explain(err))
 	}
 	iter, err := consumer.Messages(jetstream.PullMaxMessages(page))
 	if err != nil {
-		return fmt.Errorf("read dead letters: %w", err)
+		return fmt.Errorf("read dead letters: %w", stream.Explain(err))
 	}
 	defer iter.Stop()
 	heads := make([]head, 0, page)
@@ -114,11 +115,11 @@ func (s *Sweeper) walk(ctx context.Context, dlq jetstream.Stream, last uint64, s
 			return s.compare(ctx, dlq, heads, swept)
 		}
 		if err != nil {
-			return fmt.Errorf("read dead letters: %w", err)
+			return fmt.Errorf("read dead letters: %w", stream.Explain(err))
 		}
 		meta, err := msg.Metadata()
 		if err != nil {
-			return fmt.Errorf("read dead letters: %w", err)
+			return fmt.Errorf("read dead letters: %w", stream.Explain(err))
 		}
 		seq, pending = meta.Sequence.Stream, meta.NumPending
 		heads = append(heads, head{parse(&jetstream.RawStreamMsg{Header: msg.Headers(), Sequence: seq}), seq, meta.Timestamp, time.Since(meta.Timestamp) < s.MinAge})
@@ -244,7 +245,7 @@ func (s *Sweeper) index(ctx context.Context, dlq jetstream.Stream, h head, row k
 		return 0, nil
 	}
 	if err != nil {
-		return 0, fmt.Errorf("read dead letter %d: %w", h.seq, err)
+		return 0, fmt.Errorf("read dead letter %d: %w", h.seq, stream.Explain(err))
 	}
 	r := parse(msg)
 	e := r.Event

@@ -194,7 +194,7 @@ func (w *Watch) askBroker(ctx context.Context) ([]prometheus.Metric, error) {
 			continue // which must not hide the rest
 		}
 		if err != nil {
-			return nil, fmt.Errorf("look up stream %s: %w", name, err)
+			return nil, fmt.Errorf("look up stream %s: %w", name, stream.Explain(err))
 		}
 		info := s.CachedInfo()
 		found = append(found, gauge(streamBytes, float64(info.State.Bytes), name), gauge(streamMaxBytes, float64(info.Config.MaxBytes), name))

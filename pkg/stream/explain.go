@@ -130,7 +130,7 @@ func kindOf(err error) error {
 		return ErrRefused
 	case is(nats.ErrPermissionViolation):
 		return ErrForbidden
-	case is(jetstream.ErrStreamNotFound, jetstream.ErrConsumerNotFound, jetstream.ErrBucketNotFound):
+	case is(jetstream.ErrStreamNotFound, jetstream.ErrConsumerNotFound, jetstream.ErrConsumerDeleted, jetstream.ErrBucketNotFound):
 		return ErrSetup
 	case is(jetstream.ErrJetStreamNotEnabled, jetstream.ErrJetStreamNotEnabledForAccount):
 		return ErrNoJetStream
@@ -138,6 +138,8 @@ func kindOf(err error) error {
 		return ErrTooLarge
 	case is(syscall.EMFILE, syscall.ENFILE), strings.Contains(text, "too many open files"):
 		return errFiles
+	case is(jetstream.ErrConsumerLeadershipChanged):
+		return ErrNoLeader
 	case is(jetstream.ErrNoStreamResponse):
 		return errNoStream
 	case is(nats.ErrNoResponders):
@@ -147,7 +149,7 @@ func kindOf(err error) error {
 	// The library answers with the first two while it has no connection.
 	case is(nats.ErrReconnectBufExceeded, nats.ErrHeadersNotSupported, nats.ErrDisconnected, nats.ErrConnectionReconnecting,
 		nats.ErrConnectionClosed, nats.ErrConnectionDraining, nats.ErrStaleConnection, nats.ErrTimeout, nats.ErrNoServers,
-		jetstream.ErrAsyncPublishTimeout, jetstream.ErrNoHeartbeat, context.DeadlineExceeded, syscall.ECONNREFUSED, syscall.ECONNRESET):
+		jetstream.ErrAsyncPublishTimeout, jetstream.ErrNoHeartbeat, jetstream.ErrServerShutdown, jetstream.ErrConnectionClosed, context.DeadlineExceeded, syscall.ECONNREFUSED, syscall.ECONNRESET):
 		return ErrUnavailable
 	}
 	return nil

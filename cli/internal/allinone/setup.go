@@ -93,15 +93,12 @@ func ensureStreams(ctx context.Context, js jetstream.JetStream, topology stream.
 		ensure = topology.Apply
 	}
 	made, err := ensure(ctx, js)
-	var api *jetstream.APIError
-	if errors.As(err, &api) && api.ErrorCode == noStorage {
-		return made, fmt.Errorf("set up streams: the broker has no room for streams of USHER_STREAM_MAX_BYTES and a tenth more: lower it, or give the broker more (max_file_store) (%w)", err)
+	err = stream.Explain(err)
+	if errors.Is(err, stream.ErrStorage) {
+		return made, fmt.Errorf("set up streams of USHER_STREAM_MAX_BYTES and a tenth more: %w, or lower the setting", err)
 	}
 	if err != nil {
-		return made, fmt.Errorf("set up streams: %w", stream.Explain(err))
+		return made, fmt.Errorf("set up streams: %w", err)
 	}
 	return made, nil
 }
-
-// noStorage is the broker's answer to a stream that is larger than its max_file_store (nats-server server/errors.json).
-const noStorage jetstream.ErrorCode = 10047

@@ -219,7 +219,7 @@ func (r *reach) consumers(ctx context.Context) ([]string, error) {
 	defer cancel()
 	s, err := js.Stream(ctx, stream.Events)
 	if err != nil {
-		return nil, fmt.Errorf("look up stream %s: %w", stream.Events, err)
+		return nil, fmt.Errorf("look up stream %s: %w", stream.Events, stream.Explain(err))
 	}
 	var names []string
 	list := s.ListConsumers(ctx)
@@ -229,7 +229,7 @@ func (r *reach) consumers(ctx context.Context) ([]string, error) {
 		}
 	}
 	if err := list.Err(); err != nil {
-		return nil, fmt.Errorf("list consumers: %w", err)
+		return nil, fmt.Errorf("list consumers: %w", stream.Explain(err))
 	}
 	return names, nil
 }

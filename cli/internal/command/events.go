@@ -444,11 +444,11 @@ func (r *reach) readBody(ctx context.Context, e *shownEvent) {
 func getMsg(ctx context.Context, js jetstream.JetStream, seq uint64) (*jetstream.RawStreamMsg, error) {
 	s, err := js.Stream(ctx, stream.Events)
 	if err != nil {
-		return nil, fmt.Errorf("look up stream %s: %w", stream.Events, err)
+		return nil, fmt.Errorf("look up stream %s: %w", stream.Events, stream.Explain(err))
 	}
 	msg, err := s.GetMsg(ctx, seq)
 	if err != nil {
-		return nil, fmt.Errorf("read event %d: %w", seq, err)
+		return nil, fmt.Errorf("read event %d: %w", seq, stream.Explain(err))
 	}
 	return msg, nil
 }
@@ -646,18 +646,18 @@ func (c *cli) tail(ctx context.Context, o tailOptions) error {
 	// A limit of bytes and not of messages, of which half must hold the largest event: 500 of them may be half a gigabyte.
 	iter, err := consumer.Messages(jetstream.PullMaxBytes(8 << 20))
 	if err != nil {
-		return fmt.Errorf("follow %s: %w", stream.Events, err)
+		return fmt.Errorf("follow %s: %w", stream.Events, stream.Explain(err))
 	}
 	defer iter.Stop()
 	_, _ = fmt.Fprintln(c.env.Stderr, "Following the events; Ctrl-C ends it.")
 	for n := 0; o.limit == 0 || n < o.limit; n++ {
 		msg, err := iter.Next(jetstream.NextContext(ctx))
 		if err != nil {
-			return fmt.Errorf("follow %s: %w", stream.Events, err)
+			return fmt.Errorf("follow %s: %w", stream.Events, stream.Explain(err))
 		}
 		meta, err := msg.Metadata()
 		if err != nil {
-			return fmt.Errorf("follow %s: %w", stream.Events, err)
+			return fmt.Errorf("follow %s: %w", stream.Events, stream.Explain(err))
 		}
 		if err := printTailed(c.env.Stdout, o.output, headOf(msg, meta)); err != nil {
 			return err

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -370,6 +371,28 @@ func TestTailShowsWhatIsStored(t *testing.T) {
 	assert.Regexp(t, `^\d{4}-\S+Z  `+created.ID+`  user.created +`+created.Object.UserID+` +webhook\n$`, out)
 	srv.Stop()
 	assert.Contains(t, h.Run("events", "tail").want(exitUsage).err, "no broker answers")
+}
+
+// TestABrokerWithoutJetStreamIsNamed: whatever a command asks the broker for, the answer is no word of its client library's.
+func TestABrokerWithoutJetStreamIsNamed(t *testing.T) {
+	t.Parallel()
+	srv := natstest.New(t, func(o *server.Options) { o.JetStream = false })
+	url := "sqlite:" + filepath.Join(t.TempDir(), "usher.db")
+	db := openDatabase(t, url)
+	_, err := database.Migrate(t.Context(), db)
+	require.NoError(t, err)
+	h := newHarness(t, "USHER_NATS_URL="+srv.URL(), "USHER_DATABASE_URL="+url)
+	for _, args := range [][]string{
+		{"events", "tail"},
+		{"replay", "--handler", "mirror", "--since", "1h", "--yes"},
+		{"events", "list", "--handler", "unknown"}, // asks for the consumers
+		{"setup"},
+	} {
+		got := h.Run(args...)
+		assert.NotEqual(t, exitOK, got.code, "%s", args)
+		assert.Contains(t, got.err, stream.ErrNoJetStream.Error(), "%s", args)
+		assert.NotContains(t, got.err, "nats: ", "%s", args)
+	}
 }
 
 func TestTailFollowsUntilInterrupted(t *testing.T) {

@@ -224,7 +224,7 @@ func (c *cli) replayEvents(ctx context.Context, o *replayFlags) error {
 		return stream.ErrSetup
 	}
 	if err != nil {
-		return fmt.Errorf("look up stream %s: %w", stream.Events, err)
+		return fmt.Errorf("look up stream %s: %w", stream.Events, stream.Explain(err))
 	}
 	for _, h := range handlers {
 		if err := replay.Ready(ctx, js, h.Name); err != nil {
