@@ -60,8 +60,8 @@ func Explain(err error) error {
 	}
 	if kind := kindOf(err); kind != nil {
 		words := kind.Error()
-		if kind == ErrForbidden { //nolint:errorlint // as above
-			words += " (" + strings.TrimPrefix(err.Error(), nats.ErrPermissionViolation.Error()+": ") + ")"
+		if _, what, found := strings.Cut(err.Error(), nats.ErrPermissionViolation.Error()+": "); found {
+			words += " (" + what + ")"
 		}
 		return explain(kind, words, err)
 	}
