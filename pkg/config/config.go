@@ -22,6 +22,8 @@ import (
 	"time"
 
 	"github.com/sethvargo/go-envconfig"
+
+	"github.com/usherhq/usher/pkg/redact"
 )
 
 // Settings are all settings. A field's env tag is its name and default, doc its meaning, secret:"true" keeps
@@ -29,7 +31,7 @@ import (
 type Settings struct {
 	WebhookSigningSecret Secrets `env:"CLERK_WEBHOOK_SIGNING_SECRET" secret:"true" doc:"signing secrets of the default source, comma-separated (rotation); ingest refuses to start without one"`
 	ClerkSecretKey       string  `env:"CLERK_SECRET_KEY" secret:"true" doc:"Backend API key of the default source"`
-	ClerkAPIURL          string  `env:"CLERK_API_URL, default=https://api.clerk.com/v1" doc:"base URL of Clerk's Backend API; without a path, /v1 is added"`
+	ClerkAPIURL          string  `env:"CLERK_API_URL, default=https://api.clerk.com/v1" secret:"url" doc:"base URL of Clerk's Backend API; without a path, /v1 is added"`
 	ClerkInstanceID      string  `env:"CLERK_INSTANCE_ID" doc:"events of another Clerk instance are dead-lettered; unset: not checked"`
 	Source               string  `env:"USHER_SOURCE, default=clerk" doc:"name of the default source"`
 
@@ -127,7 +129,7 @@ func (s Secrets) String() string {
 	if len(s) == 0 {
 		return ""
 	}
-	return "redacted"
+	return redact.Masked
 }
 
 // Bytes is a size: a number with an optional unit B, KB, MB, GB, TB, KiB, MiB, GiB or TiB.
@@ -193,11 +195,47 @@ var (
 	schemaRE = regexp.MustCompile(`^[a-z_][a-z0-9_]{0,62}$`)
 )
 
+// withFiles adds, for every NAME_FILE of a secret, NAME with what the file holds, without the line's end.
+func (e Environ) withFiles() (Environ, Problems) {
+	var problems Problems
+	all := slices.Clone(e)
+	for _, entry := range e {
+		key, path, _ := strings.Cut(entry, "=")
+		name, isFile := strings.CutSuffix(key, "_FILE")
+		if !isFile || path == "" || !isSecret(name) {
+			continue
+		}
+		if _, set := e.Lookup(name); set {
+			problems = append(problems, fmt.Sprintf("%s: %s is set too: set one of them", key, name))
+			continue
+		}
+		content, err := os.ReadFile(path)
+		text := strings.TrimRight(string(content), "\r\n")
+		switch {
+		case err != nil: // its text holds the path, which is the secret itself where someone mistook the one for the other
+			problems = append(problems, key+": the file that it names cannot be read: "+redact.Cause(err))
+		case text == "":
+			problems = append(problems, key+": the file that it names is empty")
+		default:
+			all = append(all, name+"="+text)
+		}
+	}
+	return all, problems
+}
+
+// isSecret tells whether a setting of this name is a secret, those of further sources included.
+func isSecret(name string) bool {
+	if m := sourceRE.FindStringSubmatch(name + "=x"); m != nil {
+		return strings.ToUpper(m[2]) != "INSTANCE_ID"
+	}
+	return slices.ContainsFunc(Describe(), func(s Setting) bool { return s.Secret && s.Name == name })
+}
+
 // Load reads the settings from environ; flags, by setting name, override it. The error is Problems; the settings are then those
 // that could be read, the others as if they were not set, so that a caller can look for what is wrong by rules of its own.
 func Load(environ Environ, flags map[string]string) (*Settings, error) {
 	s := &Settings{origins: map[string]string{}}
-	var problems Problems
+	environ, problems := environ.withFiles()
 	// The library stops at its first error, so each setting is decoded by itself.
 	v := reflect.ValueOf(s).Elem()
 	for i := range v.NumField() {
@@ -359,6 +397,21 @@ func (s *Settings) validate() Problems {
 			bad(name, "not an http(s) URL")
 		}
 	}
+	for name, value := range map[string]string{
+		"CLERK_API_URL": s.ClerkAPIURL, "USHER_DATABASE_URL": s.DatabaseURL, "USHER_SMTP_URL": s.SMTPURL, "USHER_SLACK_WEBHOOK_URL": s.SlackWebhookURL,
+	} {
+		if err := redact.CheckURL(value); err != nil {
+			if name == "USHER_DATABASE_URL" && s.origins[name] == "DATABASE_URL" {
+				name = "DATABASE_URL"
+			}
+			bad(name, "%v", err)
+		}
+	}
+	for name, value := range map[string]string{"USHER_NATS_URL": s.NATSURL, "USHER_NATS_MONITOR_URL": s.NATSMonitorURL} {
+		if err := redact.CheckURLs(value); err != nil {
+			bad(name, "%v", err)
+		}
+	}
 	for address := range strings.SplitSeq(s.NATSURL, ",") { // what the client takes: several, with or without a scheme
 		if !strings.Contains(address, "://") {
 			address = "nats://" + address
@@ -421,6 +474,9 @@ func (s *Settings) validate() Problems {
 			continue
 		}
 		if info, err := os.Stat(path); err != nil || info.IsDir() {
+			if len(path) > 1024 || strings.ContainsAny(path, "\r\n") { // what the file should hold, perhaps
+				path = redact.Masked
+			}
 			bad(name, "there is no file %q that can be read", path)
 		}
 	}
@@ -471,6 +527,7 @@ type Setting struct {
 	Default string `json:"default"`
 	Doc     string `json:"doc"`
 	Secret  bool   `json:"secret,omitempty"`
+	URL     bool   `json:"-"` // secret in parts only
 }
 
 // List returns every setting in the order of Settings, then the further sources.
@@ -502,32 +559,15 @@ func (s *Settings) List() []Setting {
 // Origin says where the value of a setting comes from: default, environment, flag, or DATABASE_URL.
 func (s *Settings) Origin(name string) string { return s.origins[name] }
 
-// mask hides a secret; of a URL everything that may be one: the password, a user without a password (a token), and
-// what the query says.
+// mask hides a secret, and of a URL what may be one.
 func mask(value, secret string) string {
 	switch {
 	case value == "" || secret == "":
 		return value
 	case secret == "url":
-		u, err := url.Parse(value)
-		if err != nil {
-			return "redacted"
-		}
-		if _, has := u.User.Password(); has {
-			u.User = url.UserPassword(u.User.Username(), "redacted")
-		} else if u.User != nil && !strings.HasPrefix(u.Scheme, "postgres") {
-			u.User = url.User("redacted")
-		}
-		query := u.Query()
-		for name := range query {
-			if name != "sslmode" {
-				query.Set(name, "redacted")
-			}
-		}
-		u.RawQuery = query.Encode()
-		return u.String()
+		return redact.URL(value)
 	default:
-		return "redacted"
+		return redact.Masked
 	}
 }
 
@@ -543,7 +583,7 @@ func Describe() []Setting {
 			continue
 		}
 		_, def, _ := strings.Cut(field.Tag.Get("env"), "default=")
-		list = append(list, Setting{Name: name, Default: def, Doc: field.Tag.Get("doc"), Secret: field.Tag.Get("secret") != ""})
+		list = append(list, Setting{Name: name, Default: def, Doc: field.Tag.Get("doc"), Secret: field.Tag.Get("secret") != "", URL: field.Tag.Get("secret") == "url"})
 	}
 	return list
 }

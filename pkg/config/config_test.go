@@ -2,6 +2,8 @@ package config
 
 import (
 	"errors"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -170,15 +172,49 @@ func TestBytes(t *testing.T) {
 	require.Error(t, b.EnvDecode(t.Context(), "ten"))
 }
 
-func TestURLsAreMasked(t *testing.T) {
-	for in, want := range map[string]string{
-		"postgres://ann:hush@h:5432/db?sslmode=require": "postgres://ann:redacted@h:5432/db?sslmode=require",
-		"postgres://h/db?user=ann&password=hush":        "postgres://h/db?password=redacted&user=redacted",
-		"postgres://ann@h/db":                           "postgres://ann@h/db",
-		"nats://hush@h:4222":                            "nats://redacted@h:4222",
-		"sqlite:usher-data/usher.db":                    "sqlite:usher-data/usher.db",
-		"postgres://ann:hu sh@h/%zz":                    "redacted",
-	} {
-		assert.Equal(t, want, mask(in, "url"))
+func TestSecretsFromFiles(t *testing.T) {
+	dir := t.TempDir()
+	file := func(name, content string) string {
+		path := filepath.Join(dir, name)
+		require.NoError(t, os.WriteFile(path, []byte(content), 0o600))
+		return path
 	}
+	s, err := Load(Environ{
+		"CLERK_WEBHOOK_SIGNING_SECRET_FILE=" + file("a", secret+"\n"), "USHER_DATABASE_URL_FILE=" + file("b", "postgres://u:p@h/db\r\n"),
+		"USHER_SOURCE_EU_SECRET_KEY_FILE=" + file("c", "sk_live_x"), "USHER_LOG_LEVEL_FILE=/nowhere", "USHER_ADMIN_TOKEN_FILE=",
+	}, nil)
+	require.NoError(t, err, "what is no secret has no file, and an empty one is none")
+	assert.Equal(t, Secrets{secret}, s.WebhookSigningSecret)
+	assert.Equal(t, "postgres://u:p@h/db", s.DatabaseURL)
+	require.Len(t, s.Sources, 2)
+	assert.Equal(t, "sk_live_x", s.Sources[1].SecretKey)
+
+	for name, environ := range map[string]Environ{
+		"both":        {"USHER_ADMIN_TOKEN_FILE=" + file("d", "x"), "USHER_ADMIN_TOKEN=hush"},
+		"missing":     {"USHER_ADMIN_TOKEN_FILE=" + filepath.Join(dir, "hush")},
+		"the content": {"USHER_ADMIN_TOKEN_FILE=hush"},
+		"empty":       {"USHER_ADMIN_TOKEN_FILE=" + file("e", "\n")},
+	} {
+		_, err := Load(environ, nil)
+		require.ErrorContains(t, err, "USHER_ADMIN_TOKEN_FILE", name)
+		assert.NotContains(t, err.Error(), "hush", name)
+	}
+}
+
+func TestURLsThatWouldBeReadOtherwiseAreRefused(t *testing.T) {
+	for setting, value := range map[string]string{
+		"USHER_DATABASE_URL": "postgres://joe:12/hush@h/db", "DATABASE_URL": "postgres://joe:12#hush@h/db", "USHER_NATS_URL": "nats://joe:12,hush@h",
+		"USHER_NATS_MONITOR_URL": "http://joe:12?hush@h:8222", "USHER_SMTP_URL": "smtp://joe:12/hush@h", "CLERK_API_URL": "https://joe:12/hush@h/v1",
+	} {
+		_, err := Load(Environ{setting + "=" + value}, nil)
+		require.ErrorContains(t, err, setting+": ")
+		assert.ErrorContains(t, err, "%XX")
+		assert.NotContains(t, err.Error(), "hush")
+	}
+}
+
+func TestACredentialInPlaceOfItsFileIsNotRepeated(t *testing.T) {
+	_, err := Load(Environ{"USHER_NATS_CREDS=-----BEGIN NATS USER JWT-----\nhush"}, nil)
+	require.ErrorContains(t, err, "USHER_NATS_CREDS")
+	assert.NotContains(t, err.Error(), "hush")
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	neturl "net/url"
 	"sync/atomic"
 	"time"
 
@@ -74,6 +75,10 @@ func Connect(url, creds, name string, log *zap.Logger, opts ...nats.Option) (*na
 		options = append(options, nats.UserCredentials(creds))
 	}
 	nc, err := nats.Connect(url, append(options, opts...)...)
+	var bad *neturl.Error
+	if errors.As(err, &bad) && bad.Op == "parse" { // it repeats the URL, with its password
+		return nil, errors.New("connect to the broker: USHER_NATS_URL is not a valid URL; it looks like nats://user:password@host:4222 (special characters of the password as %XX)")
+	}
 	if err != nil {
 		return nil, fmt.Errorf("connect to the broker: %w", err)
 	}

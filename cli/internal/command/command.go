@@ -18,6 +18,7 @@ import (
 
 	"github.com/usherhq/usher/pkg/config"
 	"github.com/usherhq/usher/pkg/observe"
+	"github.com/usherhq/usher/pkg/redact"
 )
 
 // Env is what a command has of the world.
@@ -96,7 +97,7 @@ var connection = []string{"USHER_DATA_DIR", "USHER_DATABASE_URL", "USHER_DATABAS
 func (c *cli) settingFlags(cmd *cobra.Command, global bool) {
 	for _, s := range config.Describe() {
 		isConnection := slices.Contains(connection, s.Name)
-		if isConnection != global || s.Secret && !strings.HasSuffix(s.Name, "_URL") || s.Name == "DATABASE_URL" {
+		if isConnection != global || s.Secret && !s.URL || s.Name == "DATABASE_URL" {
 			continue
 		}
 		set := cmd.Flags()
@@ -110,6 +111,9 @@ func (c *cli) settingFlags(cmd *cobra.Command, global bool) {
 		}
 		set.Func(name, usage, func(value string) error {
 			c.flags[s.Name] = value
+			if s.URL && redact.HasPassword(value) {
+				_, _ = fmt.Fprintf(c.env.Stderr, "warning: --%s holds a secret, and everyone on this machine can read a command line (ps): set %s or %s_FILE instead\n", name, s.Name, s.Name)
+			}
 			return nil
 		})
 	}

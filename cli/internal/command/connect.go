@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -20,6 +19,7 @@ import (
 	"github.com/usherhq/usher/pkg/config"
 	"github.com/usherhq/usher/pkg/database"
 	"github.com/usherhq/usher/pkg/lifecycle"
+	"github.com/usherhq/usher/pkg/redact"
 	"github.com/usherhq/usher/pkg/stream"
 	"github.com/usherhq/usher/worker"
 )
@@ -69,34 +69,17 @@ func (r *reach) broker() (jetstream.JetStream, error) {
 	}
 	nc, err := stream.Connect(address, r.settings.NATSCreds, "ops", log, nats.RetryOnFailedConnect(false))
 	if err != nil {
-		where, cause := hostOf(address), err
-		var bad *url.Error
+		where := redact.Hosts(address)
 		switch {
-		case errors.As(err, &bad): // its text repeats the URL, which may hold a password
-			cause = bad.Err
 		case errors.Is(err, nats.ErrNoServers):
 			return nil, fmt.Errorf("no broker answers at %s: check that it runs and that USHER_NATS_URL is right", where)
 		case errors.Is(err, nats.ErrAuthorization):
 			return nil, fmt.Errorf("the broker at %s refuses the user: check USHER_NATS_URL and USHER_NATS_CREDS", where)
 		}
-		return nil, fmt.Errorf("connect to the broker at %s: %w", where, cause)
+		return nil, fmt.Errorf("connect to the broker at %s: %w", where, err)
 	}
 	r.closers.Add(func() error { nc.Close(); return nil })
 	return stream.JetStream(nc)
-}
-
-// hostOf names a broker's address without its credentials.
-func hostOf(address string) string {
-	var hosts []string
-	for part := range strings.SplitSeq(address, ",") {
-		part = strings.TrimSpace(part)
-		part = part[strings.LastIndex(part, "@")+1:]
-		if _, host, ok := strings.Cut(part, "://"); ok {
-			part = host
-		}
-		hosts = append(hosts, part)
-	}
-	return strings.Join(hosts, ",")
 }
 
 // databaseURL decides which database is meant. Whoever runs `usher dev` beside an application has the application's
