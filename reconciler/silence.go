@@ -172,16 +172,6 @@ func (r *Reconciler) alert(ctx context.Context, s *source, d *detector, count, n
 		return err
 	}
 	since := time.UnixMilli(d.Since).UTC()
-	where := "Clerk's dashboard, Webhooks"
-	link, err := s.client.RefreshPortalURL(ctx) // a credential: for the alert, not for the log
-	switch {
-	case err == nil:
-		where = link
-	case ctx.Err() != nil:
-		return fmt.Errorf("alert of silence: %w", err)
-	default:
-		r.log.Warn("no link to the webhook portal for the alert", zap.String("source", s.Name), zap.Error(err))
-	}
 	atLeast := ""
 	if !whole {
 		atLeast = "at least "
@@ -190,7 +180,8 @@ func (r *Reconciler) alert(ctx context.Context, s *source, d *detector, count, n
 	fmt.Fprintf(&body, "Clerk (source %s) moves on, and no webhook has come since %s.\n", s.Name, since.Format(time.RFC3339))
 	fmt.Fprintf(&body, "Users created, changed or deleted since then: %s%d.\n", atLeast, missed)
 	body.WriteString("The endpoint is probably disabled, or cannot be reached.\n\nWhat to do:\n")
-	fmt.Fprintf(&body, "1. Open %s\n", where)
+	// A link would be a credential, and this text is kept and sent.
+	fmt.Fprintf(&body, "1. Run `usher portal --from %s` and open the link that it prints, or open Clerk's dashboard, Webhooks.\n", s.Name)
 	body.WriteString("2. Look at the endpoint's last attempts: what did it answer? Mend that first.\n")
 	body.WriteString("3. Enable the endpoint, if it is disabled.\n")
 	body.WriteString("4. Choose \"replay missing\" there, from the time above.\n\n")

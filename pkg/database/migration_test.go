@@ -99,3 +99,21 @@ func TestTheKeyOfDeliveriesIsMadeAfterAnInterruption(t *testing.T) {
 		})
 	}
 }
+
+// TestLinksToThePortalAreRemoved from alerts that were made when they still held one.
+func TestLinksToThePortalAreRemoved(t *testing.T) {
+	t.Parallel()
+	emptyDatabases(t, func(t *testing.T, db *gorm.DB) {
+		upTo(t, db, 13)
+		for id, body := range map[string]string{"a": "What to do:\n1. Open https://app.svix.com/login#key=hush\n2. Look\n3. x", "b": "1. Open Clerk's dashboard, Webhooks\n2. Look"} {
+			require.NoError(t, db.Table("notifications").Create(map[string]any{
+				"id": id, "effect_key": id, "channel": "email", "kind": "silence", "status": "sent", "subject": "s", "body": body, "created_at": time.Now().UTC(),
+			}).Error)
+		}
+		_, err := database.Migrate(t.Context(), db)
+		require.NoError(t, err)
+		var bodies []string
+		require.NoError(t, db.Raw("SELECT body FROM notifications ORDER BY id").Scan(&bodies).Error)
+		assert.Equal(t, []string{"What to do:\n1. Run `usher portal` and open the link that it prints\n2. Look\n3. x", "1. Open Clerk's dashboard, Webhooks\n2. Look"}, bodies)
+	})
+}

@@ -1,6 +1,7 @@
 package command
 
 import (
+	"net/http/httptest"
 	"net/url"
 	"strings"
 	"testing"
@@ -8,6 +9,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"pgregory.net/rapid"
+
+	"github.com/usherhq/usher/pkg/emulator"
 )
 
 // TestNoOutputHoldsATailOfAPassword: whatever its characters, whether written as %XX or not, in whichever URL.
@@ -53,4 +56,14 @@ func TestASecretInAFlagIsWarnedAbout(t *testing.T) {
 	}
 	assert.Empty(t, h.Run("config", "--database-url", "postgres://joe@127.0.0.1:1/app").want(exitOK).err)
 	assert.Contains(t, h.Run("config", "--slack-webhook-url", "https://hooks.example.com/hunter2").want(exitUsage).err, "unknown flag")
+}
+
+func TestPortalPrintsTheLinkAndKeepsNone(t *testing.T) {
+	t.Parallel()
+	server := httptest.NewServer(emulator.New(emulator.Config{}).API(emulator.APIConfig{Key: "sk_live_emulator"}))
+	t.Cleanup(server.Close)
+	h := newHarness(t, "CLERK_SECRET_KEY=sk_live_emulator", "CLERK_API_URL="+server.URL)
+	assert.Equal(t, "https://app.svix.com/login#key=emulated\n", h.Run("portal").want(exitOK).out)
+	assert.Contains(t, h.Run("portal", "--from", "staging").want(exitUsage).err, "there is no such source")
+	assert.Contains(t, newHarness(t).Run("portal").want(exitUsage).err, "CLERK_SECRET_KEY")
 }

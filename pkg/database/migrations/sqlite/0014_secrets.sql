@@ -1,0 +1,6 @@
+-- +goose Up
+-- Alerts of silence held a link to the webhook portal, with which anyone is logged in there.
+UPDATE notifications
+SET body = substr(body, 1, instr(body, '1. Open http') - 1) || '1. Run `usher portal` and open the link that it prints'
+    || substr(body, instr(body, char(10) || '2. Look'))
+WHERE kind = 'silence' AND instr(body, '1. Open http') > 0 AND instr(body, char(10) || '2. Look') > instr(body, '1. Open http');
