@@ -533,7 +533,10 @@ func (w *watch) write(ctx context.Context, s jetstream.Stream, row, next *watchR
 			}
 		}
 		if found != nil { // told once
-			next.PurgedSeq = max(have.PurgedSeq, first-1)
+			next.PurgedSeq = first - 1
+			if have.StreamID == next.StreamID { // another stream has other sequences
+				next.PurgedSeq = max(have.PurgedSeq, next.PurgedSeq)
+			}
 		}
 		result = *next
 		return tx.Save(next).Error
