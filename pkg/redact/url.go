@@ -128,11 +128,11 @@ func (p parts) mask() (string, bool) {
 	if p.hasScheme {
 		text = p.scheme + "://" + text
 	}
-	separator := "?"
+	if query == "" {
+		return text, true
+	}
+	var shown []string
 	for pair := range strings.SplitSeq(query, "&") {
-		if query == "" {
-			break
-		}
 		name, value, given := strings.Cut(pair, "=")
 		if !given || !nameRE.MatchString(name) {
 			return "", false
@@ -140,10 +140,9 @@ func (p parts) mask() (string, bool) {
 		if !slices.Contains(plain, name) || !plainRE.MatchString(value) {
 			value = Masked
 		}
-		text += separator + name + "=" + value
-		separator = "&"
+		shown = append(shown, name+"="+value)
 	}
-	return text, true
+	return text + "?" + strings.Join(shown, "&"), true
 }
 
 // ErrAmbiguous is why [CheckURL] refuses a URL. It repeats nothing of it.

@@ -129,9 +129,9 @@ func FuzzURL(f *testing.F) {
 		f.Add(seed, uint8(0))
 	}
 	f.Fuzz(func(t *testing.T, password string, shape uint8) {
-		make := shapes[int(shape)%len(shapes)]
-		in := make(password)
-		NoTail(t, in, make("w"), URL(in), password)
+		with := shapes[int(shape)%len(shapes)]
+		in := with(password)
+		NoTail(t, in, with("w"), URL(in), password)
 		_ = CheckURL(in)
 		_ = CheckURLs(in)
 	})

@@ -266,15 +266,13 @@ func (p *Plan) take(diffs []Difference, how mode, change func([]Difference) erro
 	}
 	err := change(changes)
 	var refused *jetstream.APIError
-	if errors.As(err, &refused) && len(changes) > 1 {
-		for _, d := range changes {
-			if err := p.take([]Difference{d}, how, change); err != nil {
-				return err
-			}
-		}
-		return nil
-	}
 	switch {
+	case errors.As(err, &refused) && len(changes) > 1:
+		var failed error
+		for i := 0; i < len(changes) && failed == nil; i++ {
+			failed = p.take(changes[i:i+1], how, change)
+		}
+		return failed
 	case refused != nil:
 		changes[0].Fix = "the broker refuses the change: " + refused.Description
 		p.Differences = append(p.Differences, changes...)

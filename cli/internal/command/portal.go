@@ -37,8 +37,10 @@ func (c *cli) portal() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			_, err = fmt.Fprintln(c.env.Stdout, link)
-			return err
+			if _, err := fmt.Fprintln(c.env.Stdout, link); err != nil {
+				return fmt.Errorf("print the link: %w", err)
+			}
+			return nil
 		},
 	}
 	cmd.Flags().StringVar(&from, "from", "", "source whose portal is meant (default: the default source)")
