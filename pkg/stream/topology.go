@@ -268,15 +268,16 @@ func (p *Plan) take(diffs []Difference, how mode, change func([]Difference) erro
 	var refused *jetstream.APIError
 	switch {
 	case errors.As(err, &refused) && len(changes) > 1:
-		var failed error
-		for i := 0; i < len(changes) && failed == nil; i++ {
-			failed = p.take(changes[i:i+1], how, change)
+		for i := range changes {
+			if err := p.take(changes[i:i+1], how, change); err != nil {
+				return err
+			}
 		}
-		return failed
+		return nil
 	case refused != nil:
 		changes[0].Fix = "the broker refuses the change: " + refused.Description
 		p.Differences = append(p.Differences, changes...)
-		return nil
+		return nil //nolint:nilerr // it is told as a difference
 	case err != nil:
 		return fmt.Errorf("change %s: %w", changes[0].Object, err)
 	}
