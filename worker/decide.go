@@ -159,7 +159,7 @@ func advise(err error) string {
 	case isTooLarge(err):
 		return "an event is larger than the broker takes now: raise its max_payload, or max_msg_size of stream " + stream.DeadLetters
 	case isMissingStream(err):
-		return "no stream takes dead letters: run `usher setup` if stream " + stream.DeadLetters + " is missing"
+		return "no stream takes dead letters: run `usher setup` if stream " + stream.DeadLetters + " is missing; in a cluster an election passes by itself"
 	case errors.As(err, &api) && api.ErrorCode == codeSealed:
 		return "stream " + stream.DeadLetters + " is sealed: delete it once its letters are saved, and run `usher setup`"
 	default:
