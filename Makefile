@@ -35,7 +35,7 @@ build: ## build usher and the services into bin/
 .PHONY: test
 test: ## run every test once with the race detector; installs what is missing (PostgreSQL, strace, a C compiler)
 	@./scripts/need postgres cc strace
-	go test -timeout 15m $(TESTFLAGS) $(PKG)
+	go test -timeout 30m $(TESTFLAGS) $(PKG)
 
 .PHONY: race
 race: ## hunt for flaky tests: three times, shuffled, with the race detector
