@@ -344,12 +344,12 @@ func TestSQLiteReadersDoNotWaitForTheWriter(t *testing.T) {
 
 func TestIsInfrastructureTellsAnOutageFromTheDatasError(t *testing.T) {
 	t.Parallel()
-	for _, code := range []string{"57P01", "57P02", "57P03", "57P05", "57014", "25006", "53100", "53200", "53300", "40001", "40P01", "08006", "08P01", "28P01", "28000", "3D000", "42P01", "42501", "55P03", "58030", "XX001"} {
+	for _, code := range []string{"57P01", "57P02", "57P03", "57P05", "57014", "25006", "53100", "53200", "53300", "40001", "40P01", "08006", "08P01", "28P01", "28000", "3D000", "42P01", "42501", "42703", "55P03", "58030", "XX001"} {
 		err := fmt.Errorf("apply: %w", &pgconn.PgError{Code: code})
 		assert.True(t, database.IsInfrastructure(err), code)
 		assert.False(t, database.IsConstraint(err), code)
 	}
-	for _, code := range []string{"22P05", "22001", "22003", "23502", "23505", "23514", "42601", "42703", "54000", "54001", "XX000", "P0001", ""} {
+	for _, code := range []string{"22P05", "22001", "22003", "23502", "23505", "23514", "42601", "54000", "54001", "XX000", "P0001", ""} {
 		err := fmt.Errorf("apply: %w", &pgconn.PgError{Code: code})
 		assert.False(t, database.IsInfrastructure(err), code)
 		assert.Equal(t, strings.HasPrefix(code, "23"), database.IsConstraint(err), code)
@@ -374,8 +374,8 @@ func TestAMissingTableOrColumnIsAnOutage(t *testing.T) {
 			"INSERT INTO nowhere (a) VALUES (1)":           true,
 			"SELECT * FROM nowhere":                        true,
 			"UPDATE nowhere SET a = 1":                     true,
-			"SELECT nothing FROM deliveries":               true,
-			"INSERT INTO deliveries (nothing) VALUES (1)":  true,
+			"SELECT absent FROM deliveries":                true,
+			"INSERT INTO deliveries (absent) VALUES (1)":   true,
 			"INSERT INTO deliveries (handler) VALUES ('')": false,
 			"SELEC 1": false,
 		} {

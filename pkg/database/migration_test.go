@@ -14,7 +14,7 @@ import (
 	"github.com/usherhq/usher/pkg/dbtest"
 )
 
-// upTo migrates an empty database to a version of the past.
+// upTo migrates a database to a version of the past.
 func upTo(t testing.TB, db *gorm.DB, version int64) {
 	t.Helper()
 	pool, err := db.DB()
@@ -24,7 +24,7 @@ func upTo(t testing.TB, db *gorm.DB, version int64) {
 		dialect, files = goose.DialectPostgres, database.Schema("postgres")
 	}
 	if database.IsPostgres(db) {
-		require.NoError(t, db.Exec("CREATE SCHEMA usher").Error)
+		require.NoError(t, db.Exec("CREATE SCHEMA IF NOT EXISTS usher").Error)
 	}
 	provider, err := goose.NewProvider(dialect, pool, files, goose.WithDisableGlobalRegistry(true))
 	require.NoError(t, err)
@@ -52,8 +52,7 @@ func TestDeliveriesOfBeforeSourcesWereApartAreKept(t *testing.T) {
 		require.NoError(t, db.Table("deliveries").Create(maps.Clone(row)).Error)
 		before := one(t, db)
 
-		_, err := database.Migrate(t.Context(), db)
-		require.NoError(t, err)
+		upTo(t, db, 11)
 		assert.Equal(t, before, one(t, db))
 
 		row["source"] = "staging"
@@ -87,8 +86,7 @@ func TestTheKeyOfDeliveriesIsMadeAfterAnInterruption(t *testing.T) {
 			for _, statement := range done {
 				require.NoError(t, db.Exec(statement).Error)
 			}
-			_, err := database.Migrate(t.Context(), db)
-			require.NoError(t, err)
+			upTo(t, db, 11)
 			var key []string
 			require.NoError(t, db.Raw(`SELECT a.attname FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = ANY(i.indkey)
 				WHERE i.indrelid = 'deliveries'::regclass AND i.indisprimary ORDER BY array_position(i.indkey::int2[], a.attnum)`).Scan(&key).Error)
