@@ -119,7 +119,7 @@ func (s *Service) receive(w http.ResponseWriter, r *http.Request) (event.Event, 
 
 	s.metrics.inFlight.Inc()
 	defer s.metrics.inFlight.Dec()
-	room := reservation{budget: &s.bodyBytes, limit: s.cfg.MaxBodyBytesInFlight, large: s.large}
+	room := reservation{budget: &s.bodyBytes, limit: s.cfg.MaxBodyBytesInFlight, large: s.large, wait: s.cfg.roomWait}
 	defer room.release()
 	body, res := s.readBody(w, r, &room)
 	if res != "" {

@@ -42,6 +42,7 @@ type Config struct {
 	MaxBody              int64         // 1 MiB; less where the broker takes less
 	MaxInFlight          int           // 1024 verified events being stored at once; 503 beyond
 	MaxBodyBytesInFlight int64         // 64 MiB of bodies in memory; 503 beyond
+	roomWait             time.Duration // 2 s; how long a large body waits for others to be stored
 	HeaderTimeout        time.Duration // 5 s to send the headers
 	BodyTimeout          time.Duration // 10 s to send the whole request
 	IdleTimeout          time.Duration // 2 min between two requests of one connection
@@ -62,6 +63,7 @@ func (c Config) withDefaults() Config {
 	c.MaxBody = cmp.Or(c.MaxBody, 1<<20)
 	c.MaxInFlight = cmp.Or(c.MaxInFlight, 1024)
 	c.MaxBodyBytesInFlight = cmp.Or(c.MaxBodyBytesInFlight, 64<<20)
+	c.roomWait = cmp.Or(c.roomWait, roomWait)
 	c.HeaderTimeout = cmp.Or(c.HeaderTimeout, 5*time.Second)
 	c.BodyTimeout = cmp.Or(c.BodyTimeout, 10*time.Second)
 	c.IdleTimeout = cmp.Or(c.IdleTimeout, 2*time.Minute)

@@ -320,7 +320,7 @@ func TestBodiesInMemoryAreBounded(t *testing.T) {
 
 func TestABurstOfLargeBodiesWaitsForRoom(t *testing.T) {
 	t.Parallel()
-	b := setup(t, func(c *Config, _ *Deps) { c.MaxBodyBytesInFlight = 4 << 20 })
+	b := setup(t, func(c *Config, _ *Deps) { c.MaxBodyBytesInFlight, c.roomWait = 4<<20, time.Minute })
 	var group sync.WaitGroup
 	for i := range 20 {
 		group.Go(func() {
@@ -387,6 +387,13 @@ func TestStopAnswersWhatWasTaken(t *testing.T) {
 		a := readAnswer(t, resp)
 		assert.Equal(t, string(shuttingDown), a.body.Error.Code)
 	}
+	b.eventually(func() bool { // from here on an answer closes its connection
+		late, err := net.Dial("tcp", b.Addr())
+		if err == nil {
+			_ = late.Close()
+		}
+		return err != nil
+	}, "the listener closes")
 	close(p.leave)
 	group.Wait()
 	resp, err = http.ReadResponse(bufio.NewReader(conn), nil)

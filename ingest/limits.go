@@ -17,13 +17,14 @@ type reservation struct {
 	limit  int64
 	held   int64
 	large  largeBodies
-	placed bool // among the large bodies
+	wait   time.Duration // for a place among the large bodies
+	placed bool          // among the large bodies
 }
 
-// grow reserves a body of size bytes; false means that there is no room, also after [roomWait] where the body is large.
+// grow reserves a body of size bytes; false means that there is no room, also after the wait where the body is large.
 func (r *reservation) grow(size int64) bool {
 	if size > announced && !r.placed {
-		if r.placed = r.large.enter(); !r.placed {
+		if r.placed = r.large.enter(r.wait); !r.placed {
 			return false
 		}
 	}
@@ -51,11 +52,11 @@ const roomWait = 2 * time.Second
 type largeBodies chan struct{}
 
 // enter waits for a place; false means that no place is free yet. Whoever has one leaves it.
-func (l largeBodies) enter() bool {
+func (l largeBodies) enter(wait time.Duration) bool {
 	select {
 	case l <- struct{}{}:
 		return true
-	case <-time.After(roomWait):
+	case <-time.After(wait):
 		return false
 	}
 }
