@@ -297,9 +297,11 @@ func TestAStreamFullOfSettledEventsMakesRoom(t *testing.T) {
 		}
 	}
 	r.work()
-	require.Eventually(t, func() bool { return r.streamState().Bytes <= 7*uint64(tiny.MaxBytes)/10 }, 60*time.Second, 10*time.Millisecond)
+	// To 70% where that much is settled at the time; a first look in the midst of the work may find less, and below 80% nothing more goes.
+	require.Eventually(t, func() bool {
+		return r.streamState().Bytes <= 8*uint64(tiny.MaxBytes)/10 && r.logs.FilterMessageSnippet("removed before their retention").Len() > 0
+	}, 60*time.Second, 10*time.Millisecond)
 	assert.Greater(t, r.streamState().Bytes, uint64(tiny.MaxBytes)/2, "what there is room for stays")
-	assert.NotZero(t, r.logs.FilterMessageSnippet("removed before their retention").Len())
 	r.send(ids("after", 10)...)
 	r.ledger(time.Minute)
 	assert.Empty(t, r.health.Details())
