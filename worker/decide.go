@@ -147,7 +147,7 @@ func isMissingStream(err error) bool {
 	return errors.Is(err, jetstream.ErrNoStreamResponse) || errors.Is(err, jetstream.ErrStreamNotFound) || errors.Is(err, nats.ErrNoResponders)
 }
 
-// isFull tells whether the broker has no room for a message.
+// isFull reports whether the broker has no room for a message.
 func isFull(err error) bool { return errors.Is(stream.Explain(err), stream.ErrFull) }
 
 // advise says what is to be done about a dead letter that the broker does not store.

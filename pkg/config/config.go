@@ -223,7 +223,7 @@ func (e Environ) withFiles() (Environ, Problems) {
 	return all, problems
 }
 
-// isSecret tells whether a setting of this name is a secret, those of further sources included.
+// isSecret reports whether a setting of this name is a secret, those of further sources included.
 func isSecret(name string) bool {
 	if m := sourceRE.FindStringSubmatch(name + "=x"); m != nil {
 		return strings.ToUpper(m[2]) != "INSTANCE_ID"

@@ -1,5 +1,4 @@
-// Package redact hides what must not be shown or kept: the secrets in the URLs of settings, and the codes and texts of mails and text
-// messages.
+// Package redact hides what must not be shown or kept: the secrets in the URLs of settings.
 //
 // It guarantees that what it does not fully understand is hidden whole. It imports only the standard library, so that every package
 // may use it.
@@ -181,7 +180,7 @@ func CheckURLs(value string) error {
 	return nil
 }
 
-// HasPassword tells whether a URL, or one of a list, holds a password or a token, as far as can be seen: rather once too often.
+// HasPassword reports whether a URL, or one of a list, holds a password or a token, as far as can be seen: rather once too often.
 func HasPassword(value string) bool {
 	masked := URL(value)
 	return strings.Contains(masked, Masked) && masked != value
