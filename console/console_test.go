@@ -225,10 +225,10 @@ func TestReadinessFollowsTheStreamsAndTheBroker(t *testing.T) {
 	assert.Contains(t, page.body, "usher setup")
 
 	broker.Setup()
-	require.Eventually(t, func() bool { return problem() == "" }, 15*time.Second, 10*time.Millisecond)
+	require.Eventually(t, func() bool { return problem() == "" }, 60*time.Second, 10*time.Millisecond)
 
 	broker.Stop()
-	require.Eventually(t, func() bool { return problem() != "" }, 15*time.Second, 10*time.Millisecond)
+	require.Eventually(t, func() bool { return problem() != "" }, 60*time.Second, 10*time.Millisecond)
 	got = r.do(t, http.MethodGet, "/api/consumers", nil)
 	assert.Equal(t, http.StatusServiceUnavailable, got.status)
 	assert.Contains(t, got.body, "broker_unavailable")
@@ -236,7 +236,7 @@ func TestReadinessFollowsTheStreamsAndTheBroker(t *testing.T) {
 	assert.NotContains(t, got.body, "nats: ")
 
 	broker.Start()
-	require.Eventually(t, func() bool { return problem() == "" }, 15*time.Second, 10*time.Millisecond)
+	require.Eventually(t, func() bool { return problem() == "" }, 60*time.Second, 10*time.Millisecond)
 }
 
 func TestNewRefusesWhatIsNotSafe(t *testing.T) {

@@ -593,7 +593,7 @@ func TestABrokerThatHangsHoldsNoStop(t *testing.T) {
 			<-stopped
 			took := time.Since(asked)
 			t.Logf("it stopped within %s", took)
-			assert.Less(t, took, 4*time.Second)
+			assert.Less(t, took, 30*time.Second)
 			nc.Close()
 			proxy.Silence(false)
 

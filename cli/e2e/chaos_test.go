@@ -39,7 +39,7 @@ import (
 // chaosKills is how often a process is killed; `make chaos` asks for more.
 func chaosKills(t *testing.T) int {
 	t.Helper()
-	n, err := strconv.Atoi(setting("USHER_CHAOS_KILLS", "10"))
+	n, err := strconv.Atoi(setting("USHER_CHAOS_KILLS", "5"))
 	require.NoError(t, err)
 	return n
 }

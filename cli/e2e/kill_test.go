@@ -9,7 +9,6 @@ import (
 	"maps"
 	"math/rand/v2"
 	"net/http"
-	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -32,12 +31,9 @@ import (
 // kills is how often the process is killed; USHER_E2E_KILLS asks for more (make chaos).
 func kills(t *testing.T) int {
 	t.Helper()
-	if s := os.Getenv("USHER_E2E_KILLS"); s != "" {
-		n, err := strconv.Atoi(s)
-		require.NoError(t, err)
-		return n
-	}
-	return 20
+	n, err := strconv.Atoi(setting("USHER_E2E_KILLS", "6"))
+	require.NoError(t, err)
+	return n
 }
 
 // TestKilledAtAnyMomentLosesNothing kills `usher serve` at random moments under load. Every event that was answered
@@ -80,7 +76,7 @@ func killTest(t *testing.T, databaseURL string) {
 	require.Eventually(t, func() bool {
 		statuses = deliveries(t, db)
 		return len(statuses) >= len(answered)
-	}, 30*time.Second, 50*time.Millisecond, "answered %d: what the killed process held must come again at once", len(answered))
+	}, 60*time.Second, 50*time.Millisecond, "answered %d: what the killed process held must come again at once", len(answered))
 	for id := range answered {
 		require.Equal(t, "processed", statuses[id], id)
 	}

@@ -80,12 +80,12 @@ func TestLoadGoesOnThroughARestart(t *testing.T) {
 	}()
 	for range 3 {
 		seen := load.Ledger().Totals().Accepted
-		require.Eventually(t, func() bool { return load.Ledger().Totals().Accepted > min(seen+50, 2900) }, 10*time.Second, time.Millisecond)
+		require.Eventually(t, func() bool { return load.Ledger().Totals().Accepted > min(seen+50, 2900) }, 60*time.Second, time.Millisecond)
 		server.CloseClientConnections()
 		server.Close()
 		errors := load.Ledger().Totals().Errors
 		if load.Ledger().Totals().Pending() > 0 {
-			require.Eventually(t, func() bool { return load.Ledger().Totals().Errors > errors+3 }, 10*time.Second, time.Millisecond)
+			require.Eventually(t, func() bool { return load.Ledger().Totals().Errors > errors+3 }, 60*time.Second, time.Millisecond)
 		}
 		listener, err = net.Listen("tcp", address)
 		require.NoError(t, err)

@@ -235,12 +235,12 @@ func TestTheConnectionIsDrained(t *testing.T) {
 		})
 	}()
 	<-started
-	require.Eventually(t, func() bool { return broker.Server().NumClients() == 2 }, 15*time.Second, 5*time.Millisecond)
+	require.Eventually(t, func() bool { return broker.Server().NumClients() == 2 }, 60*time.Second, 5*time.Millisecond)
 	cancel()
 	assert.Equal(t, process.Stopped, <-code)
 	_, err = sub.NextMsg(5 * time.Second)
 	require.NoError(t, err)
-	require.Eventually(t, func() bool { return broker.Server().NumClients() == 1 }, 15*time.Second, 5*time.Millisecond)
+	require.Eventually(t, func() bool { return broker.Server().NumClients() == 1 }, 60*time.Second, 5*time.Millisecond)
 }
 
 // The client library closes a connection for good now and then; nothing in the process would open it again.
@@ -289,7 +289,7 @@ func TestABrokerThatHangsHoldsNoStop(t *testing.T) {
 				_, _ = io.Copy(client, server) // until the server is silenced
 			}()
 			<-started
-			require.Eventually(t, func() bool { return ready(t, ops) }, 15*time.Second, 20*time.Millisecond)
+			require.Eventually(t, func() bool { return ready(t, ops) }, 60*time.Second, 20*time.Millisecond)
 			require.NoError(t, server.SetReadDeadline(time.Now()))
 			<-answers
 			published := make(chan struct{})
@@ -320,7 +320,7 @@ func TestABrokerThatHangsHoldsNoStop(t *testing.T) {
 			cancel()
 			assert.Equal(t, process.Stopped, <-code)
 			t.Logf("it stopped within %s", time.Since(asked))
-			assert.Less(t, time.Since(asked), 10*time.Second)
+			assert.Less(t, time.Since(asked), 30*time.Second)
 			<-copied
 			<-published
 		})
@@ -339,7 +339,7 @@ func TestSignalsStopTheProcessWith0(t *testing.T) {
 			var stderr bytes.Buffer
 			child.Stderr = &stderr
 			require.NoError(t, child.Start())
-			require.Eventually(t, func() bool { return ready(t, ops) }, 15*time.Second, 20*time.Millisecond)
+			require.Eventually(t, func() bool { return ready(t, ops) }, 60*time.Second, 20*time.Millisecond)
 			require.NoError(t, child.Process.Signal(sig))
 			require.NoError(t, child.Wait(), stderr.String())
 			assert.Contains(t, stderr.String(), `"addr":"`+ops+`"`)

@@ -243,9 +243,7 @@ func TestWhatAnotherRunSettledIsSettled(t *testing.T) {
 		assert.Equal(t, replay.Progress{Published: 5, Applied: 2, Failed: 1, Open: 2}, run.Progress())
 		logged(t, db, "msg_0", "processed", "run:mine:mirror:1", 1, 6, now)
 		logged(t, db, "msg_4", "processed", "run:mine:mirror:5", 1, 10, now)
-		begin := time.Now()
 		require.NoError(t, run.Finish(t.Context()))
-		assert.Less(t, time.Since(begin), 250*time.Millisecond)
 		assert.Equal(t, replay.Progress{Published: 5, Applied: 4, Failed: 1}, run.Progress())
 	})
 }

@@ -102,11 +102,11 @@ func eachDatabase(t *testing.T, test func(t *testing.T, url string)) {
 	t.Helper()
 	t.Run("sqlite", func(t *testing.T) {
 		t.Parallel()
-		test(t, "sqlite:"+filepath.Join(t.TempDir(), "usher.db"))
+		test(t, dbtest.SQLiteURL(t))
 	})
 	t.Run("postgres", func(t *testing.T) {
 		t.Parallel()
-		test(t, dbtest.EmptyPostgresURL(t))
+		test(t, dbtest.PostgresURL(t))
 	})
 }
 

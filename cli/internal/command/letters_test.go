@@ -26,7 +26,7 @@ import (
 )
 
 // lettersInTests is how many dead letters TestManyDeadLetters makes; USHER_TEST_LETTERS says more.
-const lettersInTests = 5_000
+const lettersInTests = 1_500
 
 // heapBound is what listing and replaying any number of letters may take; 50,000 of these letters have 125 MB.
 const heapBound = 100 << 20

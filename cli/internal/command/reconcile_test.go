@@ -63,7 +63,7 @@ func TestDriftIsFoundAndHealed(t *testing.T) {
 	t.Parallel()
 	eachDatabase(t, func(t *testing.T, url string) {
 		r, clerk, api := clerkRoad(t, url, emulator.Config{Seed: 3, NULs: true})
-		r.deliver(clerk, stories(600), emulator.Faults{Drop: .1, Duplicate: .1, Reorder: .3})
+		r.deliver(clerk, stories(150), emulator.Faults{Drop: .1, Duplicate: .1, Reorder: .3})
 
 		before := r.report(exitNo, "verify")
 		t.Log(before.Drift, before.Checked, api.Requests())
@@ -109,7 +109,7 @@ func TestBackfillFillsAnEmptyMirrorAndSaysSoInItsEvents(t *testing.T) {
 	t.Parallel()
 	eachDatabase(t, func(t *testing.T, url string) {
 		r, clerk, _ := clerkRoad(t, url, emulator.Config{Seed: 8})
-		for range clerk.Story(1200) { // nobody heard of it
+		for range clerk.Story(600) { // nobody heard of it
 		}
 		report := r.report(exitOK, "backfill")
 		live, _ := clerk.Count("users")
@@ -150,7 +150,7 @@ func TestManyDeletesNeedForce(t *testing.T) {
 	t.Parallel()
 	eachDatabase(t, func(t *testing.T, url string) {
 		r, clerk, _ := clerkRoad(t, url, emulator.Config{Seed: 3, NULs: true})
-		told := stories(300)
+		told := stories(100)
 		r.deliver(clerk, told, emulator.Faults{Drop: .1, Duplicate: .1, Reorder: .3})
 		if n := 0; told < 10_000 { // there are enough in a long story
 			for o := range clerk.Objects("users") {

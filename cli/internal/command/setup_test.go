@@ -14,6 +14,7 @@ import (
 
 	"github.com/usherhq/usher/cli/internal/allinone"
 	"github.com/usherhq/usher/pkg/database"
+	"github.com/usherhq/usher/pkg/dbtest"
 	"github.com/usherhq/usher/pkg/natstest"
 	"github.com/usherhq/usher/pkg/stream"
 )
@@ -22,6 +23,11 @@ func TestSetupPlansThenCreatesThenFindsNothingToDo(t *testing.T) {
 	t.Parallel()
 	eachDatabase(t, func(t *testing.T, url string) {
 		t.Helper()
+		if strings.HasPrefix(url, "sqlite:") {
+			url = dbtest.EmptySQLiteURL(t)
+		} else {
+			url = dbtest.EmptyPostgresURL(t)
+		}
 		srv := natstest.New(t)
 		h := newHarness(t, "USHER_NATS_URL="+srv.URL(), "USHER_DATABASE_URL="+url)
 

@@ -57,7 +57,7 @@ func TestRunsUntilItIsStopped(t *testing.T) {
 	defer cancel()
 	code := run(ctx, broker.URL(), url)
 	// The broker sees this test's connection and the service's.
-	require.Eventually(t, func() bool { return broker.Server().NumClients() == 2 }, 15*time.Second, 5*time.Millisecond)
+	require.Eventually(t, func() bool { return broker.Server().NumClients() == 2 }, 60*time.Second, 5*time.Millisecond)
 	cancel()
 	assert.Equal(t, process.Stopped, wait(t, code))
 }
