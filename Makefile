@@ -13,9 +13,9 @@ GOLANGCI_LINT := .bin/golangci-lint-$(GOLANGCI_LINT_VERSION)
 
 # `make test` runs under the race detector, so that one run shows both. SQLite's translated C is not instrumented: it
 # holds no Go code of ours and would be tenfold slower. The end-to-end tests start programs built without the detector,
-# so they run alone and without it. In CI no result is taken from the cache: tests start programs that it does not know.
+# so they run alone and without it. Most tests wait: four of a package run at a time. In CI no result is taken from the cache: tests start programs that it does not know.
 RACE      := -race -gcflags='modernc.org/sqlite/lib=-race=false'
-TESTFLAGS ?= $(if $(CI),-count=1)
+TESTFLAGS ?= -parallel 4 $(if $(CI),-count=1)
 PKG       ?= work
 FUZZTIME  ?= 10s
 BENCH     ?= .

@@ -661,7 +661,7 @@ func TestClockThatWasSetBackHoldsNoRetryUp(t *testing.T) {
 // TestDeadlocksAreRetriedAndReachNobody: two workers whose transactions lock ten rows in any order.
 func TestDeadlocksAreRetriedAndReachNobody(t *testing.T) {
 	t.Parallel()
-	const n = 10_000
+	const n = 2_000
 	db := dbtest.Postgres(t)
 	var name string
 	require.NoError(t, db.Raw("SELECT current_database()").Scan(&name).Error)
@@ -707,7 +707,7 @@ func TestDeadlocksAreRetriedAndReachNobody(t *testing.T) {
 // TestTwoWorkersOnTenUsers is the mirror under the same load.
 func TestTwoWorkersOnTenUsers(t *testing.T) {
 	t.Parallel()
-	const n = 10_000
+	const n = 2_000
 	db := dbtest.Postgres(t)
 	srv := natstest.New(t)
 	_, js := srv.Setup(worker.Specs()...)

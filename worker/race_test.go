@@ -3,4 +3,4 @@
 package worker_test
 
 // The race detector makes everything several times slower: the flood is as much smaller.
-const flood = 4_000
+const flood = 1_500

@@ -353,7 +353,7 @@ func TestTwoWorkersShareOneConsumer(t *testing.T) {
 	t.Parallel()
 	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {
 		b := start(t, db, worker.Config{BatchSize: 50, Concurrency: 2})
-		const n = 2000
+		const n = 600
 		for i := range n {
 			b.publish(fmt.Sprintf("msg_%d", i), user(fmt.Sprintf("user_%d", i%10)))
 		}
