@@ -109,6 +109,9 @@ func TestConsumersAreListedWithTheirLag(t *testing.T) {
 		Next  *string           `json:"next"`
 	}
 	require.NoError(t, json.Unmarshal([]byte(got.body), &list))
+	for _, name := range []string{"handler", "pending", "in_flight", "redelivered", "oldest_seconds"} {
+		assert.Contains(t, got.body, `"`+name+`":`)
+	}
 	require.Len(t, list.Items, 2)
 	assert.Equal(t, stream.Consumer{Handler: "fraud"}, list.Items[0])
 	mirror := list.Items[1]

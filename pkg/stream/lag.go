@@ -15,10 +15,10 @@ import (
 // AckPending.
 type Consumer struct {
 	Handler     string  `json:"handler"`
-	Pending     uint64  `json:"pending"`     // events that were not delivered yet
-	AckPending  int     `json:"ack_pending"` // delivered and not settled: in work, or waiting for their retry
-	Redelivered int     `json:"redelivered"` // of AckPending, those that were delivered more than once
-	LagSeconds  float64 `json:"lag_seconds"` // age of the oldest unsettled event by the broker's clock, 0 where there are no such events
+	Pending     uint64  `json:"pending"`        // events that were not delivered yet
+	AckPending  int     `json:"in_flight"`      // delivered and not settled: in work, or waiting for their retry
+	Redelivered int     `json:"redelivered"`    // of AckPending, those that were delivered more than once
+	LagSeconds  float64 `json:"oldest_seconds"` // age of the oldest unsettled event by the broker's clock, 0 where there are no such events
 }
 
 // Consumers lists every durable consumer of [Events] by name; what follows the stream for a while, as `usher events tail` does, is not
