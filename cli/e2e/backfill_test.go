@@ -3,6 +3,7 @@ package e2e
 import (
 	"encoding/json"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -10,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -83,7 +85,18 @@ func backfillTest(t *testing.T, databaseURL string) {
 		cfg.Moods, cfg.Delay = map[emulator.Mood]float64{emulator.Slow: 1}, 300*time.Millisecond
 	}
 	api := clerk.API(cfg)
-	server := httptest.NewServer(api)
+	var connections atomic.Int64
+	server := httptest.NewUnstartedServer(api)
+	server.Config.ConnState = func(_ net.Conn, state http.ConnState) {
+		switch state {
+		case http.StateNew:
+			connections.Add(1)
+		case http.StateClosed, http.StateHijacked:
+			connections.Add(-1)
+		case http.StateActive, http.StateIdle:
+		}
+	}
+	server.Start()
 	t.Cleanup(server.Close)
 
 	dataDir := t.TempDir()
@@ -129,6 +142,7 @@ func backfillTest(t *testing.T, databaseURL string) {
 			p.kill()
 		})
 		assert.Equal(t, -1, p.cmd.ProcessState.ExitCode(), "killed")
+		require.Eventually(t, func() bool { return connections.Load() == 0 }, 60*time.Second, 10*time.Millisecond, "its last request is noted")
 		read := pages.take()
 		assert.Equal(t, before, read[0], "it went on where the checkpoint was")
 		reached := read[len(read)-1]
