@@ -79,6 +79,7 @@ func fill(b *testing.B, db *gorm.DB, crowd *emulator.Crowd) {
 
 // verifyChild verifies the users once and prints how many it saw, the most memory it had (KiB), and the drift.
 func verifyChild() {
+	reconciler.RealPages()
 	ctx := context.Background()
 	db, err := database.Open(ctx, os.Getenv("CHILD_DATABASE"), dbtest.Schema)
 	if err != nil {

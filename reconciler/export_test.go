@@ -1,4 +1,10 @@
 package reconciler
 
-// A backlog longer than one look is quick to make.
-func init() { listenMost = 2 * listenPage }
+// Pages of the tests are a tenth of the real ones, see page in kit_test.go; so a tenth of the rows shows the same.
+func init() {
+	rowPage, maxCandidates = 50, 200
+	listenMost = 2 * listenPage // a backlog longer than one look is quick to make
+}
+
+// RealPages takes back what the tests have changed.
+func RealPages() { rowPage, maxCandidates = 500, 2000 }

@@ -147,7 +147,7 @@ func TestAFeatureThatIsSwitchedOffDuringTheSweepDeletesNothing(t *testing.T) {
 			t.Run(name+at, func(t *testing.T) {
 				t.Parallel()
 				w := newWorld(t, dbtest.SQLite(t), emulator.APIConfig{})
-				w.tell(300, all)
+				w.tell(100, all)
 				before, n := w.counts(), 0
 				for id := range w.living("organizations") {
 					if n++; n <= 2 {
@@ -157,7 +157,7 @@ func TestAFeatureThatIsSwitchedOffDuringTheSweepDeletesNothing(t *testing.T) {
 				}
 				off := false
 				w.serve(emulator.APIConfig{AbsentIsNotFound: notFound, Hook: func(r *http.Request) {
-					pages := r.URL.Path == "/v1/organizations" && r.URL.Query().Get("limit") == "500"
+					pages := r.URL.Path == "/v1/organizations" && isPage(r)
 					object := strings.HasPrefix(r.URL.Path, "/v1/organizations/")
 					if !off && (at == "AtThePages" && pages || at == "AtTheObjects" && object) {
 						off = true

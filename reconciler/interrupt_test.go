@@ -107,18 +107,18 @@ func TestTheServiceNeverGoesOnWithARunThatAPersonForced(t *testing.T) {
 
 func TestAnInterruptedRunIsOverForTheServiceAndGoesOnByCommand(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, dbtest.SQLite(t), emulator.APIConfig{Crowd: emulator.NewCrowd(2600)})
+	w := newWorld(t, dbtest.SQLite(t), emulator.APIConfig{Crowd: emulator.NewCrowd(260)})
 	ctx, cancel := context.WithCancel(t.Context())
 	var users, pages atomic.Int64
 	quick := func(c *reconciler.SweepConfig) { c.Checkpoint = time.Nanosecond }
 	opts := reconciler.Options{Kind: reconciler.Backfill, Progress: func(p reconciler.Progress) {
-		if users.Store(p.Done); p.Done >= 1500 {
+		if users.Store(p.Done); p.Done >= 150 {
 			cancel()
 		}
 	}}
 	_, err := w.sweeper(quick).Reconcile(ctx, opts)
 	require.ErrorIs(t, err, context.Canceled)
-	require.GreaterOrEqual(t, users.Load(), int64(1500))
+	require.GreaterOrEqual(t, users.Load(), int64(150))
 	first := w.runs()[0]
 	assert.Equal(t, run{first.ID, "backfill", "stopped", "interrupted", ""}, first)
 	w.settle()
@@ -132,7 +132,7 @@ func TestAnInterruptedRunIsOverForTheServiceAndGoesOnByCommand(t *testing.T) {
 	pages.Store(0)
 	opts.Progress = func(p reconciler.Progress) {
 		if pages.Add(1) == 1 {
-			assert.Greater(t, p.Done, int64(1500), "it began again")
+			assert.Greater(t, p.Done, int64(150), "it began again")
 		}
 	}
 	_, err = w.sweeper(quick).Reconcile(t.Context(), opts)

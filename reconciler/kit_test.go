@@ -32,7 +32,11 @@ type world struct {
 	db     *gorm.DB
 }
 
-const key = "sk_test_world"
+const (
+	key = "sk_test_world"
+	// page is how many objects a page of Clerk's has here: a tenth of the real ones, so that worlds of several pages are small.
+	page = 50
+)
 
 func newWorld(t *testing.T, db *gorm.DB, cfg emulator.APIConfig) *world {
 	t.Helper()
@@ -57,7 +61,7 @@ func (w *world) serveTo(key string, cfg emulator.APIConfig) {
 }
 
 func (w *world) source() clerk.Source {
-	return clerk.Source{Name: "clerk", APIURL: w.server.URL + "/v1", SecretKey: key, Quota: -1}
+	return clerk.Source{Name: "clerk", APIURL: w.server.URL + "/v1", SecretKey: key, Quota: -1, PageSize: page}
 }
 
 // sweeper is one as a process has it.

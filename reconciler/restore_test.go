@@ -108,7 +108,7 @@ func TestADatabaseTakenBackToABackupIsHealed(t *testing.T) {
 // Sweeps find what others have published, while a worker applies it: it is at most applied, or on its way, and never lost.
 func TestWhatIsBeingAppliedIsNotLost(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, dbtest.SQLite(t), emulator.APIConfig{Crowd: emulator.NewCrowd(3000)})
+	w := newWorld(t, dbtest.SQLite(t), emulator.APIConfig{Crowd: emulator.NewCrowd(300)})
 	ctx, stop := context.WithCancel(t.Context())
 	var applied []event.Event
 	var group sync.WaitGroup
@@ -124,7 +124,7 @@ func TestWhatIsBeingAppliedIsNotLost(t *testing.T) {
 	stop()
 	group.Wait()
 	applied = append(applied, w.settle()...)
-	assert.Len(t, applied, 3000, "each once")
+	assert.Len(t, applied, 300, "each once")
 }
 
 // A delete that ended as a dead letter is for a person to look at: the sweep does not send it again and again.

@@ -12,8 +12,8 @@ import (
 	"github.com/usherhq/usher/pkg/mirror"
 )
 
-// rowPage is how many rows are read at once.
-const rowPage = 500
+// rowPage is how many rows are read at once. Tests read less.
+var rowPage = 500
 
 // books reads the mirror's rows of one source. Table names come from clerk.Resources only.
 type books struct {

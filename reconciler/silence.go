@@ -235,7 +235,7 @@ func (r *Reconciler) enqueue(ctx context.Context, n outbox.Notification) error {
 }
 
 // missing counts the users that were created, changed or deleted since events stopped; false where there are more. It costs a
-// request for each 500 of them.
+// request for each page of them.
 func (r *Reconciler) missing(ctx context.Context, s *source, d *detector, count int64) (n int64, whole bool, err error) {
 	var changed, created int64
 	whole = true

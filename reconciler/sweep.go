@@ -33,8 +33,6 @@ const (
 	// overlap is how far an incremental sweep reads beyond the newest change of the last one: changes need not become
 	// visible in the order of their times.
 	overlap = 5 * time.Minute
-	// maxCandidates bounds what waits to be looked at again.
-	maxCandidates = 2000
 	// maxItems bounds the items of a report.
 	maxItems = 10_000
 	// maxRereads is how many objects of one table are read again only because they differ. What differs by the thousand is no moment's lag.
@@ -50,6 +48,9 @@ const (
 	// clockSkew is by how much Clerk's clock may be behind ours.
 	clockSkew = time.Minute
 )
+
+// maxCandidates bounds what waits to be looked at again. In tests less may wait.
+var maxCandidates = 2000
 
 // stopError ends a run that must not go on: nothing was deleted.
 type stopError string

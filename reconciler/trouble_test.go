@@ -4,6 +4,7 @@ import (
 	"context"
 	"net/http"
 	"net/http/httptest"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -25,16 +26,16 @@ import (
 func drifted(t *testing.T, each int) (w *world, before, removed map[string]bool) {
 	t.Helper()
 	w = newWorld(t, dbtest.SQLite(t), emulator.APIConfig{})
-	w.tell(620, all)
+	w.tell(66, all)
 	before, removed = w.living("users"), map[string]bool{}
-	require.Greater(t, len(before), 510)
+	require.Greater(t, len(before), page+2)
 	n, edited := 0, 0
 	for o := range w.clerk.Objects("users") {
-		if n++; n%50 == 0 && len(removed) < each {
+		if n++; n%15 == 0 && len(removed) < each {
 			_, ok := w.clerk.Remove("users", o.ID)
 			require.True(t, ok)
 			removed[o.ID] = true
-		} else if n%31 == 0 && edited < each {
+		} else if n%8 == 0 && edited < each {
 			_, ok := w.clerk.Edit("users", o.ID, map[string]any{"first_name": "Grace"})
 			require.True(t, ok)
 			edited++
@@ -50,12 +51,15 @@ func drifted(t *testing.T, each int) (w *world, before, removed map[string]bool)
 
 // isUsersPage tells whether a request is for a page of a sweep.
 func isUsersPage(r *http.Request) bool {
-	return r.URL.Path == "/v1/users" && r.URL.Query().Get("limit") == "500"
+	return r.URL.Path == "/v1/users" && isPage(r)
 }
+
+// isPage tells whether a request is for a page of a list.
+func isPage(r *http.Request) bool { return r.URL.Query().Get("limit") == strconv.Itoa(page) }
 
 func TestTroubleHalfWayThroughASweepCostsTimeOnly(t *testing.T) {
 	t.Parallel()
-	const each = 8
+	const each = 3
 	for name, test := range map[string]struct {
 		moods []emulator.Mood // of the requests from then on
 		least time.Duration   // that the sweep takes longer
@@ -84,7 +88,7 @@ func TestTroubleHalfWayThroughASweepCostsTimeOnly(t *testing.T) {
 			}})
 			server := httptest.NewServer(api)
 			t.Cleanup(server.Close)
-			cfg := clerk.Config{BaseURL: server.URL + "/v1", SecretKey: key, Quota: -1, HTTPClient: &http.Client{Transport: &http.Transport{}, Timeout: 20 * time.Second}}
+			cfg := clerk.Config{BaseURL: server.URL + "/v1", SecretKey: key, Quota: -1, PageSize: page, HTTPClient: &http.Client{Transport: &http.Transport{}, Timeout: 20 * time.Second}}
 			if name == "PastTheTimeOut" {
 				cfg.HTTPClient.Timeout = delay / 2
 			}
@@ -124,7 +128,7 @@ func (w *world) ended() (status, failure string) {
 
 func TestALimitThatDoesNotEndFailsTheSweepWhichIsTakenUpLater(t *testing.T) {
 	t.Parallel()
-	const each = 8
+	const each = 3
 	for name, test := range map[string]struct {
 		mood    emulator.Mood
 		strikes func(r *http.Request, removed map[string]bool) bool
@@ -190,7 +194,7 @@ func TestALimitThatDoesNotEndFailsTheSweepWhichIsTakenUpLater(t *testing.T) {
 // The service does the same by itself, and says meanwhile that it did not succeed.
 func TestTheServiceGoesOnOnceClerkAnswersAgain(t *testing.T) {
 	t.Parallel()
-	w, before, _ := drifted(t, 8)
+	w, before, _ := drifted(t, 3)
 	var refused atomic.Bool
 	w.serve(emulator.APIConfig{Hook: func(r *http.Request) {
 		if strings.Contains(r.URL.RawQuery, "starting_after") && refused.CompareAndSwap(false, true) {

@@ -70,6 +70,9 @@ type Config struct {
 	// production (sk_live_), else 100. Below 0 nothing is limited, which is for an emulator.
 	Quota int
 	Share float64 // of the quota that this client may spend, above 0 to 1; 0 is DefaultShare
+	// PageSize is how many objects a request for a list asks for, 40 to 500; 0 is 500, the most that Clerk allows. Less
+	// is for tests, which show pages with fewer objects then.
+	PageSize int
 	// HTTPClient is used with redirects switched off. Nil is one of its own, with 20 s for a request.
 	HTTPClient *http.Client
 	Log        *zap.Logger           // nil: none
@@ -85,6 +88,8 @@ type Client struct {
 	limiter *rate.Limiter
 	metrics *metrics
 
+	pageSize int
+
 	mu    sync.Mutex
 	pause time.Time // until when Clerk wants no requests
 
@@ -95,6 +100,7 @@ type Client struct {
 func New(cfg Config) (*Client, error) {
 	base := strings.TrimRight(cmp.Or(cfg.BaseURL, DefaultBaseURL), "/")
 	share := cmp.Or(cfg.Share, DefaultShare)
+	pageSize := cmp.Or(cfg.PageSize, maxPageSize)
 	var problems []error
 	u, err := url.Parse(base)
 	if err == nil && u.Path == "" {
@@ -116,11 +122,14 @@ func New(cfg Config) (*Client, error) {
 	if !(share > 0 && share <= 1) {
 		problems = append(problems, fmt.Errorf("share %v: want above 0 to 1", share))
 	}
+	if pageSize < minPageSize || pageSize > maxPageSize {
+		problems = append(problems, fmt.Errorf("page size %d: want %d to %d", pageSize, minPageSize, maxPageSize))
+	}
 	m, err := newMetrics(cfg.Registerer)
 	if err = errors.Join(append(problems, err)...); err != nil {
 		return nil, fmt.Errorf("configure Clerk's API: %w", err)
 	}
-	c := &Client{base: base, key: cfg.SecretKey, log: cfg.Log, metrics: m, limiter: newLimiter(cfg.Quota, share, cfg.SecretKey)}
+	c := &Client{base: base, key: cfg.SecretKey, log: cfg.Log, metrics: m, limiter: newLimiter(cfg.Quota, share, cfg.SecretKey), pageSize: pageSize}
 	if c.log == nil {
 		c.log = zap.NewNop()
 	}
@@ -316,7 +325,7 @@ func (c *Client) Sessions(ctx context.Context, userID string) ([]Object, error) 
 // where organizationID is given and the resource belongs to one, else that of the instance. False only where that list was
 // read whole, agreed with its own count and did not have it, or where Clerk says that the organization does not exist. Of what is
 // [Partial] that is no proof.
-// It costs a request for each 500 objects of the list.
+// It costs a request for each [Config].PageSize objects of the list.
 func (c *Client) Find(ctx context.Context, resource, id, organizationID string) (Object, bool, error) {
 	fail := func(err error) (Object, bool, error) {
 		return Object{}, false, fmt.Errorf("find %s %s: %w", resource, id, err)

@@ -18,12 +18,14 @@ import (
 )
 
 const (
-	pageLimit    = 500 // Clerk's largest; above it, it has been seen to fall back to its default
+	maxPageSize  = 500 // Clerk's; above it, it has been seen to fall back to its default
 	defaultLimit = 10  // Clerk's, where it did not understand ours
 	// overlap is how many objects of the page before are read again with an offset: the sign that nothing slipped between.
 	overlap = 20
-	// memory is how many objects are remembered to tell repeats in a sorted list; those before them are told by the order.
-	memory = 2 * pageLimit
+	// minPageSize leaves a page more than its overlap, and cannot be mistaken for defaultLimit.
+	minPageSize = 2 * overlap
+	// memory is how many pages of objects are remembered to tell repeats in a sorted list; those before them are told by the order.
+	memory = 2
 	// stalls is how many pages in a row may bring nothing new before the list is given up.
 	stalls = 4
 )
@@ -118,7 +120,7 @@ type Page struct {
 	Total   int64     // what Clerk says the whole list holds, -1 where it does not say
 }
 
-// Pages ranges over a whole resource, 500 objects a page, oldest first or newest change first; the last page may be
+// Pages ranges over a whole resource, [Config].PageSize objects a page, oldest first or newest change first; the last page may be
 // empty, and there always is one. It ends after the first error, and whatever came before an error is not the whole.
 //
 // Every object that exists from the first request to the last is in a page, and none is in two, whatever is created,
@@ -199,7 +201,7 @@ func (c *Client) walk(name string, order Order, cursor string) (*walk, error) {
 		return w, nil
 	}
 	var from position
-	if err := json.Unmarshal([]byte(cursor), &from); err != nil || from.Resource != name || from.Order != order || from.Passed < 0 || len(from.IDs) > memory {
+	if err := json.Unmarshal([]byte(cursor), &from); err != nil || from.Resource != name || from.Order != order || from.Passed < 0 || len(from.IDs) > memory*maxPageSize {
 		return nil, fmt.Errorf("the cursor is not one of this list: %w", ErrUnreadable)
 	}
 	if w.sorted && len(from.IDs) > 0 {
@@ -241,7 +243,7 @@ func (w *walk) fresh(objects []Object) []Object {
 	if n := len(objects); n > 0 {
 		w.pos.Key = w.ring[len(w.ring)-1].key
 	}
-	if old := len(w.ring) - memory; w.sorted && old > 0 {
+	if old := len(w.ring) - memory*w.c.pageSize; w.sorted && old > 0 {
 		for _, m := range w.ring[:old] {
 			delete(w.kept, m.id)
 		}
@@ -361,7 +363,7 @@ func (w *walk) readAfter(ctx context.Context) (answer, bool, error) {
 	if len(a.objects) == 0 {
 		return *a, true, nil
 	}
-	if len(a.objects) == pageLimit {
+	if len(a.objects) == w.c.pageSize {
 		return *a, false, nil
 	}
 	if w.reached(a.objects) {
@@ -376,14 +378,15 @@ func (w *walk) readAfter(ctx context.Context) (answer, bool, error) {
 		return answer{}, false, err
 	}
 	if len(rest.objects) > 0 && len(a.objects) == defaultLimit {
-		return answer{}, false, errTen
+		return answer{}, false, w.c.limitNotUnderstood()
 	}
 	w.ahead = &rest
 	return *a, len(rest.objects) == 0, nil
 }
 
-// errTen is what a list does whose limit was not understood.
-var errTen = fmt.Errorf("asked for %d objects a page, got %d and there are more: %w", pageLimit, defaultLimit, ErrUnreadable)
+func (c *Client) limitNotUnderstood() error {
+	return fmt.Errorf("asked for %d objects a page, got %d and there are more: %w", c.pageSize, defaultLimit, ErrUnreadable)
+}
 
 // reached tells whether a page, or those before it, hold the newest object of when the walk began, or younger ones.
 func (w *walk) reached(objects []Object) bool {
@@ -406,12 +409,12 @@ func (w *walk) last() []string {
 func (w *walk) after(ctx context.Context, ids []string) (answer, error) {
 	query := maps.Clone(w.query)
 	if len(ids) == 0 {
-		return w.c.list(ctx, w.path, query, 0, pageLimit)
+		return w.c.list(ctx, w.path, query, 0, w.c.pageSize)
 	}
 	// The newest ones may be deleted by now, but hardly all of a page: go back faster and faster.
 	for back := 1; ; back = min(back*2, len(ids)) {
 		query.Set("starting_after", ids[len(ids)-back])
-		a, err := w.c.list(ctx, w.path, query, -1, pageLimit)
+		a, err := w.c.list(ctx, w.path, query, -1, w.c.pageSize)
 		var f *fault
 		switch {
 		case err == nil:
@@ -456,7 +459,7 @@ func (w *walk) readFrom(ctx context.Context) (answer, bool, error) {
 		if offset == 0 || (len(a.objects) > 0 && w.passed(&a.objects[0])) {
 			break
 		}
-		offset = max(0, offset-pageLimit+overlap)
+		offset = max(0, offset-w.c.pageSize+overlap)
 	}
 	end := offset + len(a.objects)
 	w.pos.Passed = end
@@ -465,7 +468,7 @@ func (w *walk) readFrom(ctx context.Context) (answer, bool, error) {
 		return a, int64(end) >= a.total, nil
 	case len(a.objects) == 0:
 		return a, true, nil
-	case len(a.objects) == pageLimit:
+	case len(a.objects) == w.c.pageSize:
 		return a, false, nil
 	case w.reached(a.objects):
 		return a, true, nil
@@ -479,7 +482,7 @@ func (w *walk) readFrom(ctx context.Context) (answer, bool, error) {
 		return w.passed(&o) || slices.ContainsFunc(a.objects, func(other Object) bool { return other.ID == o.ID })
 	})
 	if len(rest.objects) > 0 && len(a.objects) == defaultLimit {
-		return answer{}, false, errTen
+		return answer{}, false, w.c.limitNotUnderstood()
 	}
 	// What follows is read again with its overlap: between the two requests the list may have moved.
 	return a, len(rest.objects) == 0, nil
@@ -487,7 +490,7 @@ func (w *walk) readFrom(ctx context.Context) (answer, bool, error) {
 
 func (w *walk) from(ctx context.Context, offset int) (answer, error) {
 	query := maps.Clone(w.query)
-	return w.c.list(ctx, w.path, query, offset, pageLimit)
+	return w.c.list(ctx, w.path, query, offset, w.c.pageSize)
 }
 
 // all reads a list whole and agreed with its own count.

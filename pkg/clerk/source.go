@@ -13,6 +13,7 @@ type Source struct {
 	SecretKey  string
 	InstanceID string // may be empty
 	Quota      int    // as in Config
+	PageSize   int    // as in Config
 }
 
 // SourcesFrom takes those sources of the settings that have a key.
@@ -28,7 +29,7 @@ func SourcesFrom(s *config.Settings) []Source {
 
 // Client opens the API of the source; of cfg, what the source says is replaced. The error names the source.
 func (s Source) Client(cfg Config) (*Client, error) {
-	cfg.BaseURL, cfg.SecretKey, cfg.Quota = s.APIURL, s.SecretKey, s.Quota
+	cfg.BaseURL, cfg.SecretKey, cfg.Quota, cfg.PageSize = s.APIURL, s.SecretKey, s.Quota, s.PageSize
 	c, err := New(cfg)
 	if err != nil {
 		return nil, fmt.Errorf("source %s: %w", s.Name, err)
