@@ -125,6 +125,11 @@ func New(ctx context.Context, cfg Config) (_ *Instance, err error) {
 		return nil, err
 	}
 	i.closers.Add(func() error { return database.Close(i.DB) })
+	if cfg.Mode == "dev" {
+		if err := takeDatabase(ctx, i.DB, s.DatabaseSchema, s.SourceNames()); err != nil {
+			return nil, err
+		}
+	}
 	report, err := Setup(ctx, i.DB, i.JS, topology, i.mode(b))
 	if err != nil {
 		return nil, err
@@ -157,6 +162,9 @@ func New(ctx context.Context, cfg Config) (_ *Instance, err error) {
 	i.State.NATSURL, i.State.DatabaseURL, i.State.DatabaseSchema = b.url, absoluteDatabase(s.DatabaseURL), s.DatabaseSchema
 	i.State.SigningSecret, i.State.ClerkAPIURL, i.State.ClerkSecretKey = cfg.SigningSecret, cfg.ClerkAPIURL, cfg.ClerkSecretKey
 	i.State.Instances = worker.ConfigFrom(s).Instances
+	if cfg.Mode == "dev" {
+		i.State.Settings = s.List()
+	}
 	if err := i.State.write(s.DataDir); err != nil {
 		return nil, err
 	}

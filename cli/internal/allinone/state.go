@@ -8,6 +8,8 @@ import (
 	"os"
 	"path/filepath"
 	"time"
+
+	"github.com/usherhq/usher/pkg/config"
 )
 
 // State is what a running dev or serve tells the commands of the same data folder, in
@@ -25,6 +27,8 @@ type State struct {
 	OpsURL         string    `json:"ops_url"`
 	// Instances are the Clerk instances that the worker holds events to, by source, so that a dry run judges as it does.
 	Instances map[string]string `json:"instances,omitempty"`
+	// Settings are those that dev runs with, secrets masked, for `usher config`; serve writes none.
+	Settings []config.Setting `json:"settings,omitempty"`
 	// SigningSecret is the secret that dev made up; serve writes none.
 	SigningSecret string `json:"signing_secret,omitempty"`
 	// ClerkAPIURL and ClerkSecretKey are the emulated Clerk of a demo, so that verify and reconcile compare with that.

@@ -112,7 +112,11 @@ func (c *cli) settingFlags(cmd *cobra.Command, global bool) {
 		set.Func(name, usage, func(value string) error {
 			c.flags[s.Name] = value
 			if s.URL && redact.HasPassword(value) {
-				_, _ = fmt.Fprintf(c.env.Stderr, "warning: --%s holds a secret, and everyone on this machine can read a command line (ps): set %s or %s_FILE instead\n", name, s.Name, s.Name)
+				instead := fmt.Sprintf("set %s or %s_FILE instead", s.Name, s.Name)
+				if s.Name == "USHER_DATABASE_URL" {
+					instead += "; with dev, which takes this flag only, put the password in ~/.pgpass"
+				}
+				_, _ = fmt.Fprintf(c.env.Stderr, "warning: --%s holds a secret, and everyone on this machine can read a command line (ps): %s\n", name, instead)
 			}
 			return nil
 		})

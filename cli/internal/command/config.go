@@ -3,10 +3,12 @@ package command
 import (
 	"cmp"
 	"fmt"
+	"slices"
 
 	"github.com/spf13/cobra"
 
 	"github.com/usherhq/usher/pkg/config"
+	"github.com/usherhq/usher/pkg/redact"
 )
 
 func (c *cli) config() *cobra.Command {
@@ -14,19 +16,21 @@ func (c *cli) config() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "config",
 		Short: "Print the effective settings, secrets masked, and where each comes from",
-		Long: "config prints every setting as the other commands see it here: flags before environment before defaults.\n" +
+		Long: "config prints every setting as the other commands see it here: flags before environment before defaults;\n" +
+			"beside a running dev what that runs with, origin dev, unless a flag says otherwise.\n" +
 			"Secrets are masked. Where settings are wrong it lists every problem instead, with exit code 2.",
 		Example: "  usher config\n  USHER_STREAM_REPLICAS=3 usher config --output json | jq '.items[] | select(.origin != \"default\")'",
 		Args:    cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
-			settings, err := c.settings()
+			r, err := c.reach()
 			if err != nil {
 				return err
 			}
+			settings := r.settings
 			for _, warning := range settings.SourceWarnings() {
 				_, _ = fmt.Fprintln(c.env.Stderr, "warning:", warning)
 			}
-			return printListing(c.env.Stdout, o, listing[config.Setting]{Items: settings.List()},
+			return printListing(c.env.Stdout, o, listing[config.Setting]{Items: r.list()},
 				[]string{"name", "value", "origin"}, func(s config.Setting) []string {
 					return []string{s.Name, cmp.Or(s.Value, "-"), cmp.Or(s.Origin, "default")}
 				})
@@ -35,4 +39,28 @@ func (c *cli) config() *cobra.Command {
 	outputFlag(cmd, &o)
 	c.settingFlags(cmd, false)
 	return cmd
+}
+
+// list is what [config.Settings.List] has, beside a running dev with what that runs with.
+func (r *reach) list() []config.Setting {
+	items := r.settings.List()
+	if r.stateErr != nil || len(r.state.Settings) == 0 {
+		return items
+	}
+	running := slices.Clone(r.state.Settings)
+	for i := range running {
+		item := &running[i]
+		if item.Name == "USHER_NATS_URL" && item.Value == "" { // dev's own broker
+			item.Value, item.Origin = redact.URL(r.state.NATSURL), "flag"
+		}
+		if item.Origin != "default" {
+			item.Origin = "dev"
+		}
+		for _, here := range items {
+			if here.Name == item.Name && here.Origin == "flag" {
+				*item = here
+			}
+		}
+	}
+	return running
 }

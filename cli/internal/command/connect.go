@@ -37,12 +37,30 @@ type reach struct {
 
 func (c *cli) reach() (*reach, error) {
 	settings, err := c.settings()
+	r := &reach{cli: c, settings: settings}
+	r.state, r.stateErr = allinone.ReadState(settings.DataDir)
+	if r.stateErr == nil && r.state.Mode == "dev" { // what dev does not look at is not meant beside it either
+		environ, ignored := devEnvironment(c.env.Environ, c.flags)
+		r.settings, err = config.Load(environ, c.flags)
+		ignored = slices.DeleteFunc(ignored, func(name string) bool { return name == "DATABASE_URL" }) // applications have it in every shell
+		if len(ignored) > 0 {
+			_, _ = fmt.Fprintf(c.env.Stderr, "note: %s not used: `usher dev` runs in %s, and that is what is meant; others by flag (--database-url, --nats-url)\n",
+				isAre(ignored), settings.DataDir)
+		}
+	}
 	if err != nil {
 		return nil, err
 	}
-	r := &reach{cli: c, settings: settings}
-	r.state, r.stateErr = allinone.ReadState(settings.DataDir)
 	return r, nil
+}
+
+// isAre lists names, with the verb.
+func isAre(names []string) string {
+	verb := " is"
+	if len(names) > 1 {
+		verb = " are"
+	}
+	return strings.Join(names, ", ") + verb
 }
 
 func (r *reach) close() { _ = r.closers.Close() }

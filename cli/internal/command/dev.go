@@ -42,8 +42,10 @@ func (c *cli) dev() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "dev",
 		Short: "Run everything in one process, to try and to develop, and leave nothing behind",
-		Long: "dev runs Usher with an embedded broker and a throw-away database (or USHER_DATABASE_URL, which it does keep), and\n" +
-			"makes up a signing secret where none is set. With --demo an offline Clerk tells a story of sign-ups, sessions,\n" +
+		Long: "dev runs Usher with an embedded broker and a throw-away database, whatever the environment says of others, and makes up\n" +
+			"a signing secret where none is set. It uses another database only by --database-url, in PostgreSQL in the schema usher_dev,\n" +
+			"which it keeps, and only where no rows but its own are. Where a default port is taken it uses the next free one.\n" +
+			"With --demo an offline Clerk tells a story of sign-ups, sessions,\n" +
 			"organizations and deletions with all event types, delivers 5% of the events twice and 10% out of order; some\n" +
 			"fail twice, one is dead-lettered, repaired and replayed; and a ledger shows what became of every one.",
 		Example: "  usher dev\n  usher dev --demo\n  usher dev --demo --exit --output json\n  usher trigger user.created   # in another terminal",
@@ -71,9 +73,12 @@ func (c *cli) runDev(ctx context.Context, o devOptions) (err error) {
 	start := time.Now()
 	key := make([]byte, 24)
 	_, _ = rand.Read(key)
-	settings, dir, made, err := c.devSettings("whsec_" + base64.StdEncoding.EncodeToString(key))
+	settings, dir, made, notes, err := c.devSettings(ctx, "whsec_"+base64.StdEncoding.EncodeToString(key))
 	if err != nil {
 		return err
+	}
+	for _, note := range notes {
+		_, _ = fmt.Fprintln(c.env.Stderr, "note:", note)
 	}
 	log, err := c.logger(settings)
 	if err != nil {

@@ -5,9 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -102,24 +105,88 @@ func (c *cli) run(ctx context.Context, cfg allinone.Config, work func(context.Co
 // devLogLevel is dev's where nobody asks for another.
 const devLogLevel = "warn"
 
-// devSettings are the settings with what dev makes up: a signing secret and a throw-away database.
-func (c *cli) devSettings(secret string) (settings *config.Settings, dir, made string, err error) {
+// devSettings are the settings with what dev makes up: a signing secret, a throw-away database, and ports that are free. What the
+// environment says of a database or a broker is an application's, or production's: dev invents users, and takes those by flag only.
+// notes tell the user what differs from what was set or usual.
+func (c *cli) devSettings(ctx context.Context, secret string) (settings *config.Settings, dir, made string, notes []string, err error) {
+	var ignored []string
+	if c.env.Environ, ignored = devEnvironment(c.env.Environ, c.flags); len(ignored) > 0 {
+		notes = append(notes, isAre(ignored)+" not used: dev has a database and a broker of its own; others by flag (--database-url, --nats-url)")
+	}
 	settings, err = c.settings()
 	if err != nil {
-		return nil, "", "", err
+		return nil, "", "", nil, err
 	}
 	dir = filepath.Join(settings.DataDir, "dev")
 	if len(settings.WebhookSigningSecret) == 0 {
 		c.flags["CLERK_WEBHOOK_SIGNING_SECRET"], made = secret, secret
 	}
-	if strings.HasPrefix(settings.DatabaseURL, "sqlite:") && settings.Origin("USHER_DATABASE_URL") == "default" {
+	if settings.Origin("USHER_DATABASE_URL") == "default" {
 		c.flags["USHER_DATABASE_URL"] = "sqlite:" + filepath.Join(dir, "usher.db")
+	} else if settings.Origin("USHER_DATABASE_SCHEMA") == "default" {
+		c.flags["USHER_DATABASE_SCHEMA"] = allinone.DevSchema
 	}
 	if settings.Origin("USHER_LOG_LEVEL") == "default" {
 		c.flags["USHER_LOG_LEVEL"] = devLogLevel
 	}
+	addresses := []struct{ name, addr string }{
+		{"USHER_INGEST_ADDR", settings.IngestAddr}, {"USHER_CONSOLE_ADDR", settings.ConsoleAddr}, {"USHER_OPS_ADDR", settings.OpsAddr},
+	}
+	var ports []string // of which the others stay clear
+	for _, a := range addresses {
+		_, port, _ := net.SplitHostPort(a.addr)
+		ports = append(ports, port)
+	}
+	for _, a := range addresses {
+		if settings.Origin(a.name) != "default" {
+			continue
+		}
+		if free := freeAddr(ctx, a.addr, ports); free != a.addr {
+			_, port, _ := net.SplitHostPort(free)
+			ports, c.flags[a.name] = append(ports, port), free
+			notes = append(notes, fmt.Sprintf("%s is taken: %s is %s", a.addr, a.name, free))
+		}
+	}
 	settings, err = c.settings()
-	return settings, dir, made, err
+	return settings, dir, made, notes, err
+}
+
+// devEnvironment is an environment without a database and without a broker, and the names of those that were set. What belongs to one that
+// is given by flag stays.
+func devEnvironment(environ []string, flags map[string]string) (own, ignored []string) {
+	for _, entry := range environ {
+		key, value, _ := strings.Cut(entry, "=")
+		isDatabase := key == "DATABASE_URL" || key == "DATABASE_URL_FILE" || strings.HasPrefix(key, "USHER_DATABASE_")
+		isBroker := strings.HasPrefix(key, "USHER_NATS_")
+		_, given := flags[strings.TrimSuffix(key, "_FILE")]
+		switch {
+		case !isDatabase && !isBroker, isBroker && flags["USHER_NATS_URL"] != "" && !given:
+			own = append(own, entry)
+		case value != "" && !given && !slices.Contains(ignored, key):
+			ignored = append(ignored, key)
+		}
+	}
+	return own, ignored
+}
+
+// freeAddr is addr where nobody listens there, else the same with the next port that is free and not among others.
+func freeAddr(ctx context.Context, addr string, others []string) string {
+	host, port, err := net.SplitHostPort(addr)
+	first, convErr := strconv.Atoi(port)
+	if err != nil || convErr != nil {
+		return addr
+	}
+	for n := first; n < min(first+100, 65536); n++ {
+		next := net.JoinHostPort(host, strconv.Itoa(n))
+		if n != first && slices.Contains(others, strconv.Itoa(n)) {
+			continue
+		}
+		if l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", next); err == nil {
+			_ = l.Close()
+			return next
+		}
+	}
+	return addr // the service says why it cannot listen
 }
 
 // banner tells a person where everything is.
