@@ -6,6 +6,7 @@
 package database
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"errors"
@@ -37,36 +38,38 @@ const (
 )
 
 // Open connects to the database that url names and asks it for a sign of life, at most 5 s long (SQLite: 30 s). schema is the
-// PostgreSQL schema of all tables (the search_path of every connection; it need not exist yet); SQLite ignores it.
+// PostgreSQL schema of all tables (the search_path of every connection; it need not exist yet); SQLite ignores it. setting is what errors
+// call the setting that the URL comes from, USHER_DATABASE_URL where it is not given.
 // The result is safe for concurrent use and is closed by [Close].
-func Open(ctx context.Context, url, schema string) (*gorm.DB, error) {
-	scheme, rest, _ := strings.Cut(url, ":")
+func Open(ctx context.Context, url, schema string, setting ...string) (*gorm.DB, error) {
+	name := cmp.Or(append(setting, defaultSetting)...)
+	path, isFile := strings.CutPrefix(url, "sqlite:")
 	limit := connectTimeout
-	if scheme == "sqlite" {
+	if isFile {
 		limit = fileTimeout
 	}
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	switch scheme {
-	case "postgres", "postgresql":
-		return openPostgres(ctx, url, schema)
-	case "sqlite":
-		return openSQLite(ctx, rest)
-	case "":
-		return nil, unusable("the URL is empty; use postgres://… or sqlite:PATH")
+	switch {
+	case isFile:
+		return openSQLite(ctx, path, name)
+	case postgresRE.MatchString(url):
+		return openPostgres(ctx, url, schema, name)
+	case url == "":
+		return nil, unusable("%s is empty; use postgres://… or sqlite:PATH", name)
 	default: // not echoed: what is not understood may hold a password anywhere
-		return nil, unusable("the URL is neither postgres://… nor sqlite:PATH")
+		return nil, unusable("%s is neither postgres://… nor sqlite:PATH", name)
 	}
 }
 
 // Await is [Open] for a service: it waits until a PostgreSQL that does not answer, or takes no connection yet, does. What waiting
 // does not cure (a wrong password, a database that does not exist, [ErrUnusable]) is an error at once, and so is ctx's end. What
 // [Warnings] names is logged.
-func Await(ctx context.Context, url, schema string, log *zap.Logger) (*gorm.DB, error) {
+func Await(ctx context.Context, url, schema string, log *zap.Logger, setting ...string) (*gorm.DB, error) {
 	pauses := backoff.NewExponentialBackOff(backoff.WithInitialInterval(100*time.Millisecond), backoff.WithMaxInterval(5*time.Second), backoff.WithMaxElapsedTime(0))
 	told := false
 	db, err := backoff.RetryNotifyWithData(func() (*gorm.DB, error) {
-		db, err := Open(ctx, url, schema)
+		db, err := Open(ctx, url, schema, setting...)
 		if err != nil && (!errors.Is(err, ErrUnreachable) || strings.HasPrefix(url, "sqlite:")) {
 			err = backoff.Permanent(err)
 		}

@@ -10,6 +10,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -37,22 +38,55 @@ func Migrate(ctx context.Context, db *gorm.DB) ([]string, error) {
 	if _, err := Pending(ctx, db); err != nil { // a newer database is refused before anything is touched
 		return nil, err
 	}
-	if IsPostgres(db) {
-		return migratePostgres(ctx, pool)
+	if d, ok := db.Dialector.(pgDialector); ok {
+		return migratePostgres(ctx, pool, d.schema)
 	}
 	return migrateSQLite(ctx, db, pool)
 }
 
-func migratePostgres(ctx context.Context, pool *sql.DB) ([]string, error) {
-	if err := createSchema(ctx, pool); err != nil {
+func migratePostgres(ctx context.Context, pool *sql.DB, schema string) ([]string, error) {
+	if err := createSchema(ctx, pool, schema); err != nil {
 		return nil, err
 	}
-	provider, err := goose.NewProvider(goose.DialectPostgres, pool, sub("postgres"),
-		goose.WithDisableGlobalRegistry(true), goose.WithSessionLocker(advisoryLock{}))
+	provider, err := goose.NewProvider(goose.DialectPostgres, pool, sub("postgres"), goose.WithDisableGlobalRegistry(true))
 	if err != nil {
 		return nil, fmt.Errorf("read migrations: %w", err)
 	}
+	// The lock is an open transaction's, on a connection of its own: behind a pooler no session outlives a transaction.
+	lock, err := lockSchema(ctx, pool)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = lock.Rollback() }()
 	return up(ctx, provider)
+}
+
+// lockPoll is how often a lock that another process holds is asked for.
+const lockPoll = 100 * time.Millisecond
+
+// lockSchema begins a transaction that holds the lock until it ends. It does not wait in the server: those who wait would keep a small
+// pooler's sessions from the one that works.
+func lockSchema(ctx context.Context, pool *sql.DB) (*sql.Tx, error) {
+	for {
+		tx, err := pool.BeginTx(ctx, nil)
+		if err != nil {
+			return nil, fmt.Errorf("lock schema: %w", err)
+		}
+		var locked bool
+		err = tx.QueryRowContext(ctx, "SELECT pg_try_advisory_xact_lock($1)", lockKey).Scan(&locked)
+		if err == nil && locked {
+			return tx, nil
+		}
+		_ = tx.Rollback()
+		if err != nil {
+			return nil, fmt.Errorf("lock schema: %w", err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("lock schema: %w", ctx.Err())
+		case <-time.After(lockPoll):
+		}
+	}
 }
 
 // migrateSQLite has no lock to take, but every migration is one transaction of the one writer: who comes second
@@ -96,21 +130,13 @@ func up(ctx context.Context, provider *goose.Provider) ([]string, error) {
 }
 
 // createSchema asks first, since CREATE SCHEMA IF NOT EXISTS wants the right to create even where nothing is to be created.
-func createSchema(ctx context.Context, pool *sql.DB) error {
-	var searchPath string
-	if err := pool.QueryRowContext(ctx, "SHOW search_path").Scan(&searchPath); err != nil {
-		return fmt.Errorf("create schema: %w", err)
-	}
-	schema := strings.ReplaceAll(strings.TrimSuffix(strings.TrimPrefix(searchPath, `"`), `"`), `""`, `"`)
-	tx, err := pool.BeginTx(ctx, nil)
+func createSchema(ctx context.Context, pool *sql.DB, schema string) error {
+	tx, err := lockSchema(ctx, pool)
 	if err != nil {
-		return fmt.Errorf("create schema: %w", err)
+		return err
 	}
 	defer func() { _ = tx.Rollback() }()
 	var exists bool
-	if _, err := tx.ExecContext(ctx, "SELECT pg_advisory_xact_lock($1)", lockKey); err != nil {
-		return fmt.Errorf("create schema: %w", err)
-	}
 	if err := tx.QueryRowContext(ctx, "SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = $1)", schema).Scan(&exists); err != nil {
 		return fmt.Errorf("create schema: %w", err)
 	}
@@ -127,23 +153,6 @@ func createSchema(ctx context.Context, pool *sql.DB) error {
 	}
 	if err != nil {
 		return fmt.Errorf("create schema %s: %w", schema, err)
-	}
-	return nil
-}
-
-// advisoryLock waits in the server, where goose's own lock polls.
-type advisoryLock struct{}
-
-func (advisoryLock) SessionLock(ctx context.Context, conn *sql.Conn) error {
-	if _, err := conn.ExecContext(ctx, "SELECT pg_advisory_lock($1)", lockKey); err != nil {
-		return fmt.Errorf("lock schema: %w", err)
-	}
-	return nil
-}
-
-func (advisoryLock) SessionUnlock(ctx context.Context, conn *sql.Conn) error {
-	if _, err := conn.ExecContext(ctx, "SELECT pg_advisory_unlock($1)", lockKey); err != nil {
-		return fmt.Errorf("unlock schema: %w", err)
 	}
 	return nil
 }

@@ -6,19 +6,17 @@ import (
 	"database/sql/driver"
 	"errors"
 	"fmt"
+	"io"
 	"net"
-	"net/url"
 	"slices"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"syscall"
 	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgtype"
-	"github.com/jackc/pgx/v5/stdlib"
 	"gorm.io/driver/postgres"
 	"gorm.io/gorm"
 )
@@ -38,49 +36,38 @@ const minPostgres = 150000
 // the arrays that rows are written with.
 var execModes = []string{"cache_statement", "cache_describe", "describe_exec"}
 
-func openPostgres(ctx context.Context, address, schema string) (*gorm.DB, error) {
+func openPostgres(ctx context.Context, address, schema, setting string) (*gorm.DB, error) {
 	if schema == "" {
 		return nil, unusable("the schema is empty; set USHER_DATABASE_SCHEMA")
 	}
-	if mode, given := parameter(address, "default_query_exec_mode"); given && !slices.Contains(execModes, mode) {
-		return nil, unusable("default_query_exec_mode=%.40q in USHER_DATABASE_URL cannot work: rows are written with arrays, which pgx cannot encode in that mode; "+
-			"remove the parameter, or use cache_describe behind a pooler that knows no prepared statements", mode)
+	u, err := parsePostgres(address, setting)
+	if err != nil {
+		return nil, err
 	}
-	cfg, err := pgx.ParseConfig(address)
-	if err != nil { // pgx hides a password that it understood; what it did not understand is not repeated
-		return nil, unusable("the URL is not valid; it looks like postgres://user:password@host:5432/name (special characters of the password as %%XX)")
-	}
-	if cfg.DefaultQueryExecMode == pgx.QueryExecModeCacheStatement && cfg.StatementCacheCapacity == 0 { // who says so wants no prepared statements
-		cfg.DefaultQueryExecMode = pgx.QueryExecModeCacheDescribe
-	}
-	if cfg.DefaultQueryExecMode == pgx.QueryExecModeCacheDescribe && cfg.DescriptionCacheCapacity == 0 {
-		cfg.DefaultQueryExecMode = pgx.QueryExecModeDescribeExec
-	}
-	cfg.ConnectTimeout = connectTimeout
-	session(cfg.RuntimeParams, schema)
-	connector := &pgConnector{cfg: cfg}
-	connector.Connector = stdlib.GetConnector(*cfg, stdlib.OptionAfterConnect(connector.prepare))
+	session(u.cfg.RuntimeParams, schema)
+	connector := newConnector(u)
 	pool := sql.OpenDB(connector)
 	pool.SetMaxOpenConns(maxConns)
 	pool.SetMaxIdleConns(maxConns)
 	pool.SetConnMaxLifetime(connMaxLifetime)
 	pool.SetConnMaxIdleTime(connMaxIdleTime)
 
-	db, err := gorm.Open(pgDialector{Dialector: postgres.New(postgres.Config{Conn: pool}), schema: schema}, gormConfig())
+	db, err := gorm.Open(pgDialector{Dialector: postgres.New(postgres.Config{Conn: pool}), schema: schema, connector: connector}, gormConfig())
 	if err == nil {
 		err = connector.look(ctx, pool)
 	}
 	if err != nil {
 		_ = pool.Close()
-		return nil, openError(err, cfg)
+		return nil, u.openError(err)
 	}
 	return db, nil
 }
 
-// pgDialector remembers which schema was asked for.
+// pgDialector remembers how the database was opened.
 type pgDialector struct {
 	gorm.Dialector
-	schema string
+	schema    string
+	connector *pgConnector
 }
 
 // SavePoint implements gorm.SavePointerDialectorInterface.
@@ -94,7 +81,7 @@ func (pgDialector) RollbackTo(tx *gorm.DB, name string) error {
 }
 
 // session are the settings of every connection. As parameters of its start they come before the defaults of server, database and
-// role. A pooler may drop them, so what a transaction must not do without is in its begin again.
+// role. Where a pooler drops or refuses them, they are in the begin of every transaction (pooler.go).
 func session(params map[string]string, schema string) {
 	params["search_path"] = pgx.Identifier{schema}.Sanitize()
 	params["timezone"] = "UTC"
@@ -111,89 +98,61 @@ func session(params map[string]string, schema string) {
 	setDefault(params, "idle_in_transaction_session_timeout", "0")
 }
 
-// parameter is what a URL says of a name.
-func parameter(address, name string) (value string, given bool) {
-	u, err := url.Parse(address)
-	if err != nil {
-		return "", false
-	}
-	query := u.Query()
-	return query.Get(name), query.Has(name)
-}
-
-// pgConnector makes connections whose transactions are durable.
-type pgConnector struct {
-	driver.Connector
-	cfg *pgx.ConnConfig
-	// dropped: something between here and the server drops the parameters of a connection's start.
-	dropped atomic.Bool
-}
-
-// Connect implements driver.Connector. The error says what to do.
-func (c *pgConnector) Connect(ctx context.Context) (driver.Conn, error) {
-	inner, err := c.Connector.Connect(ctx)
-	if err != nil {
-		return nil, openError(err, c.cfg)
-	}
-	conn, ok := inner.(*stdlib.Conn)
-	if !ok {
-		_ = inner.Close()
-		return nil, fmt.Errorf("the PostgreSQL driver's connection %T is not known", inner)
-	}
-	return &pgConn{Conn: conn, connector: c}, nil
-}
-
 // prepare sees every new connection first. The server tells its encodings unasked.
-func (*pgConnector) prepare(_ context.Context, conn *pgx.Conn) error {
+func (c *pgConnector) prepare(_ context.Context, conn *pgx.Conn) error {
 	for _, name := range []string{"server_encoding", "client_encoding"} {
 		if encoding := conn.PgConn().ParameterStatus(name); encoding != "" && encoding != "UTF8" {
-			return badEncoding(name, encoding, conn.Config().Database)
+			return c.url.badEncoding(name, encoding)
 		}
 	}
 	conn.TypeMap().RegisterType(&pgtype.Type{Name: "timestamptz", OID: pgtype.TimestamptzOID, Codec: &pgtype.TimestamptzCodec{ScanLocation: time.UTC}})
 	return nil
 }
 
-func badEncoding(name, encoding, database string) error {
+func (u *pgURL) badEncoding(name, encoding string) error {
 	if name == "client_encoding" {
 		return unusable("the connection's client_encoding is %s, although UTF8 was asked for: have the pooler in between pass client_encoding on", encoding)
 	}
-	return unusable("the encoding of database %q is %s, which cannot hold what Clerk sends; Usher needs UTF8: CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0, and name that one in USHER_DATABASE_URL", database, encoding)
+	return unusable("the encoding of database %q is %s, which cannot hold what Clerk sends; Usher needs UTF8: CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0, and name that one in %s", u.cfg.Database, encoding, u.setting)
 }
 
 // look asks a server whether it can be used.
 func (c *pgConnector) look(ctx context.Context, pool *sql.DB) error {
 	var version int
-	var server, client, commits string
-	err := pool.QueryRowContext(ctx, "SELECT current_setting('server_version_num')::int, current_setting('server_encoding'), current_setting('client_encoding'), current_setting('synchronous_commit')").
-		Scan(&version, &server, &client, &commits)
+	var server, client string
+	err := pool.QueryRowContext(ctx, "SELECT current_setting('server_version_num')::int, current_setting('server_encoding'), current_setting('client_encoding')").
+		Scan(&version, &server, &client)
 	switch {
 	case err != nil:
 		return err //nolint:wrapcheck // the caller says what it was for
 	case version < minPostgres:
 		return unusable("PostgreSQL %d is too old; Usher needs %d or newer", version/10000, minPostgres/10000)
 	case server != "UTF8": // a pooler may not have told
-		return badEncoding("server_encoding", server, c.cfg.Database)
+		return c.url.badEncoding("server_encoding", server)
 	case client != "UTF8":
-		return badEncoding("client_encoding", client, c.cfg.Database)
+		return c.url.badEncoding("client_encoding", client)
 	}
-	c.dropped.Store(commits != "on")
 	return nil
 }
 
-// Warnings names settings of the server, in words that say what to do, under which rows of acknowledged events can be lost or look other
-// than expected, and which are not Usher's to change. None for SQLite.
+// Warnings names what of the URL is ignored, that a pooler is in front of the server, and settings of the server under which
+// rows of acknowledged events can be lost or look other than expected, and which are not Usher's to change: in words that say what to do.
+// None for SQLite.
 func Warnings(ctx context.Context, db *gorm.DB) ([]string, error) {
-	if !IsPostgres(db) {
+	d, ok := db.Dialector.(pgDialector)
+	if !ok {
 		return nil, nil
 	}
-	var fsync, pages, commits, role string
-	err := db.WithContext(ctx).Raw("SELECT current_setting('fsync'), current_setting('full_page_writes'), current_setting('synchronous_commit'), current_setting('session_replication_role')").
-		Row().Scan(&fsync, &pages, &commits, &role)
-	if err != nil {
-		return nil, fmt.Errorf("read the server's settings: %w", err)
-	}
 	var warnings []string
+	if notice := d.connector.url.ignoredNotice(d.schema); notice != "" {
+		warnings = append(warnings, notice)
+	}
+	var fsync, pages, role string
+	err := db.WithContext(ctx).Raw("SELECT current_setting('fsync'), current_setting('full_page_writes'), current_setting('session_replication_role')").
+		Row().Scan(&fsync, &pages, &role)
+	if err != nil {
+		return warnings, fmt.Errorf("read the server's settings: %w", err)
+	}
 	if fsync != "on" {
 		warnings = append(warnings, "PostgreSQL runs with fsync = off: a crash of its machine loses rows of acknowledged events, or the whole database; set fsync = on and reload it")
 	}
@@ -203,76 +162,12 @@ func Warnings(ctx context.Context, db *gorm.DB) ([]string, error) {
 	if role != "origin" {
 		warnings = append(warnings, "session_replication_role = "+role+" is a default of this database or role: triggers on Usher's tables do not fire; ALTER DATABASE or ALTER ROLE … RESET session_replication_role")
 	}
-	if commits != "on" {
-		warnings = append(warnings, "a pooler in front of PostgreSQL drops the parameters of connections: have it pass them on, or name the server itself in USHER_DATABASE_URL. Usher's transactions commit synchronously all the same")
+	if d.connector.pooled.Load() {
+		warnings = append(warnings, "a pooler in front of PostgreSQL keeps no settings of a connection: Usher sets its own in every transaction and uses no prepared statements; "+
+			"naming the server itself in "+d.connector.url.setting+" saves round trips")
 	}
 	return warnings, nil
 }
-
-// pgConn is used by one goroutine at a time, as database/sql promises.
-type pgConn struct {
-	*stdlib.Conn
-	connector *pgConnector
-}
-
-// BeginTx implements driver.ConnBeginTx. A transaction commits synchronously and has the isolation that was asked for, whatever the
-// defaults of server, database and role, also where a pooler drops what a connection's start says: both go with the begin, in one message.
-func (c *pgConn) BeginTx(ctx context.Context, opts driver.TxOptions) (driver.Tx, error) {
-	if c.Conn.Conn().IsClosed() {
-		return nil, driver.ErrBadConn
-	}
-	begin := "begin isolation level "
-	switch sql.IsolationLevel(opts.Isolation) {
-	case sql.LevelDefault, sql.LevelReadCommitted, sql.LevelReadUncommitted:
-		begin += "read committed"
-	case sql.LevelRepeatableRead, sql.LevelSnapshot:
-		begin += "repeatable read"
-	case sql.LevelSerializable:
-		begin += "serializable"
-	case sql.LevelWriteCommitted, sql.LevelLinearizable:
-		return nil, fmt.Errorf("begin transaction: PostgreSQL has no isolation level %v", sql.IsolationLevel(opts.Isolation))
-	}
-	if opts.ReadOnly {
-		begin += " read only"
-	} else {
-		begin += "; set local synchronous_commit = on"
-	}
-	tx, err := c.Conn.Conn().BeginTx(ctx, pgx.TxOptions{BeginQuery: begin})
-	if err != nil {
-		return nil, err //nolint:wrapcheck // transparent
-	}
-	return &pgTx{ctx: ctx, tx: tx}, nil
-}
-
-// ExecContext implements driver.ExecerContext. A statement outside a transaction gets one of its own where the connection itself does not
-// commit synchronously.
-func (c *pgConn) ExecContext(ctx context.Context, query string, args []driver.NamedValue) (driver.Result, error) {
-	if !c.connector.dropped.Load() || c.Conn.Conn().IsClosed() || c.Conn.Conn().PgConn().TxStatus() != 'I' {
-		return c.Conn.ExecContext(ctx, query, args) //nolint:wrapcheck // transparent
-	}
-	tx, err := c.BeginTx(ctx, driver.TxOptions{})
-	if err != nil {
-		return nil, err
-	}
-	result, err := c.Conn.ExecContext(ctx, query, args)
-	if err != nil {
-		_ = tx.Rollback()
-		return nil, err //nolint:wrapcheck // transparent
-	}
-	return result, tx.Commit() //nolint:wrapcheck // transparent
-}
-
-// pgTx is a transaction of pgx for database/sql, which gives the context only to its begin.
-type pgTx struct {
-	ctx context.Context //nolint:containedctx // as above
-	tx  pgx.Tx
-}
-
-// Commit implements driver.Tx.
-func (t *pgTx) Commit() error { return t.tx.Commit(t.ctx) } //nolint:wrapcheck // transparent
-
-// Rollback implements driver.Tx.
-func (t *pgTx) Rollback() error { return t.tx.Rollback(t.ctx) } //nolint:wrapcheck // transparent
 
 // OpenError is why a database cannot be used. It wraps one of the sentinels and its cause; its text says what to do.
 type OpenError struct {
@@ -293,41 +188,120 @@ func (e *OpenError) Unwrap() []error {
 }
 
 // WrongSettings reports whether waiting is no cure: the settings must change, or the database.
-func (e *OpenError) WrongSettings() bool { return errors.Is(e.kind, ErrUnusable) }
+func (e *OpenError) WrongSettings() bool { return !errors.Is(e.kind, ErrUnreachable) }
 
 func unusable(format string, args ...any) error {
 	return &OpenError{kind: ErrUnusable, text: fmt.Sprintf(format, args...)}
 }
 
-func openError(err error, cfg *pgx.ConnConfig) error {
+// openError says what keeps a server from being used. [ErrUnreachable] is what waiting may cure: nobody answers, or "not now".
+func (u *pgURL) openError(err error) error {
 	var open *OpenError
 	if errors.As(err, &open) { // of our own making
 		return open
 	}
-	where := net.JoinHostPort(cfg.Host, strconv.Itoa(int(cfg.Port)))
-	if strings.HasPrefix(cfg.Host, "/") {
-		where = cfg.Host
+	where := net.JoinHostPort(u.cfg.Host, strconv.Itoa(int(u.cfg.Port)))
+	if strings.HasPrefix(u.cfg.Host, "/") {
+		where = u.cfg.Host
 	}
 	e := &OpenError{kind: ErrUnreachable, err: err}
-	var pg *pgconn.PgError
+	pg, refusal := u.decisive(err)
 	switch {
-	case !errors.As(err, &pg):
-		e.text = fmt.Sprintf("no PostgreSQL answers at %s: check that it runs and that USHER_DATABASE_URL is right (%s)", where, reason(err))
-	case pg.Code == "28P01" || pg.Code == "28000":
-		e.kind, e.text = ErrAuth, fmt.Sprintf("PostgreSQL at %s refuses user %q: check user and password in USHER_DATABASE_URL and pg_hba.conf (%s)", where, cfg.User, pg.Message)
-	case pg.Code == "3D000":
-		e.kind, e.text = ErrNoDatabase, fmt.Sprintf("PostgreSQL at %s has no database %q: create it (createdb %s) or correct USHER_DATABASE_URL", where, cfg.Database, cfg.Database)
-	case pg.Code == "42704" || pg.Code == "22023": // unrecognized configuration parameter, invalid value for one
-		e.kind, e.text = ErrUnusable, fmt.Sprintf("PostgreSQL at %s does not take a parameter of USHER_DATABASE_URL: remove or correct it (%s)", where, pg.Message)
+	case pg == nil && refusal == nil:
+		e.text = fmt.Sprintf("no PostgreSQL answers at %s: check that it runs and that %s is right (%s)", where, u.setting, reason(err))
+	case pg == nil && u.requiresTLS():
+		e.kind, e.text = ErrUnusable, fmt.Sprintf("no connection to PostgreSQL at %s as %s in %s wants it: correct that, or what the server offers (%s)", where, u.tls, u.setting, reason(refusal))
+	case pg == nil:
+		e.kind, e.text = ErrUnusable, fmt.Sprintf("what answers at %s is not a PostgreSQL that %s can mean: correct it (%s)", where, u.setting, reason(refusal))
+	case strings.HasPrefix(pg.Code, "28"), isAbout(pg, "no such user", "auth failed", "authentication failed"), isAbout(pg, "role ", "user ") && isAbout(pg, "does not exist"):
+		e.kind, e.text = ErrAuth, fmt.Sprintf("PostgreSQL at %s refuses user %q: check user and password in %s and pg_hba.conf (%s)", where, u.cfg.User, u.setting, pg.Message)
+	case pg.Code == "3D000", isAbout(pg, "no such database"), isAbout(pg, "database ") && isAbout(pg, "does not exist"):
+		e.kind, e.text = ErrNoDatabase, fmt.Sprintf("PostgreSQL at %s has no database %q: create it (createdb %s) or correct %s", where, u.cfg.Database, u.cfg.Database, u.setting)
+	// an unknown parameter, an invalid value for one, one that cannot be set (now), by this user; a pooler's word for all of them
+	case pg.Code == "42704", pg.Code == "22023", pg.Code == "55P02", pg.Code == "42501" && strings.Contains(pg.Message, "parameter"), isAbout(pg, startupParameter):
+		e.kind, e.text = ErrUnusable, fmt.Sprintf("PostgreSQL at %s does not take a parameter of %s: remove or correct it (%s)", where, u.setting, pg.Message)
 	case pg.Code == "42501":
-		e.kind, e.text = ErrAuth, fmt.Sprintf("user %q may not use database %q at %s: GRANT CONNECT ON DATABASE (%s)", cfg.User, cfg.Database, where, pg.Message)
-	default:
+		e.kind, e.text = ErrAuth, fmt.Sprintf("user %q may not use database %q at %s: GRANT CONNECT ON DATABASE (%s)", u.cfg.User, u.cfg.Database, where, pg.Message)
+	case isNotNow(pg):
 		e.text = fmt.Sprintf("PostgreSQL at %s answers, but takes no connection now (%s, SQLSTATE %s)", where, pg.Message, pg.Code)
-	}
-	if cfg.Password != "" {
-		e.text = strings.ReplaceAll(e.text, cfg.Password, "redacted")
+	default:
+		e.kind, e.text = ErrUnusable, fmt.Sprintf("PostgreSQL at %s refuses what %s asks for: correct that or the server (%s, SQLSTATE %s)", where, u.setting, pg.Message, pg.Code)
 	}
 	return e
+}
+
+// requiresTLS: there is no way without it.
+func (u *pgURL) requiresTLS() bool {
+	return u.tls != "" && u.cfg.TLSConfig != nil && !slices.ContainsFunc(u.cfg.Fallbacks, func(f *pgconn.FallbackConfig) bool { return f.TLSConfig == nil })
+}
+
+// decisive is the part of an error that decides: the last answer of a server, else what is not the network's trouble. A name may
+// stand for several addresses, and each may be tried with and without TLS.
+func (u *pgURL) decisive(err error) (pg *pgconn.PgError, refusal error) {
+	withoutTLS := u.cfg.TLSConfig == nil || slices.ContainsFunc(u.cfg.Fallbacks, func(f *pgconn.FallbackConfig) bool { return f.TLSConfig == nil })
+	for _, cause := range causes(err) {
+		var answer *pgconn.PgError
+		switch {
+		case errors.As(cause, &answer):
+			pg = answer
+		case isNetwork(cause), withoutTLS && strings.Contains(cause.Error(), "tls error"):
+		default:
+			refusal = cause
+		}
+	}
+	return pg, refusal
+}
+
+// causes are the parts of a joined error.
+func causes(err error) []error {
+	for e := err; e != nil; e = errors.Unwrap(e) {
+		if joined, ok := e.(interface{ Unwrap() []error }); ok { //nolint:errorlint // each layer is looked at
+			var all []error
+			for _, part := range joined.Unwrap() {
+				all = append(all, causes(part)...)
+			}
+			return all
+		}
+	}
+	return []error{err}
+}
+
+// isNetwork reports whether waiting may cure what is no server's answer.
+func isNetwork(err error) bool {
+	var op *net.OpError
+	if errors.As(err, &op) && (op.Op == "remote error" || op.Op == "local error") { // crypto/tls: a certificate, say, is refused
+		return false
+	}
+	var network net.Error
+	var errno syscall.Errno
+	var notPreferred *pgconn.NotPreferredError
+	if errors.As(err, &network) || errors.As(err, &errno) || errors.As(err, &notPreferred) {
+		return true
+	}
+	return slices.ContainsFunc([]error{
+		io.EOF, io.ErrUnexpectedEOF, net.ErrClosed, driver.ErrBadConn, context.Canceled, context.DeadlineExceeded,
+		pgconn.ErrReadOnlyConnection, pgconn.ErrReadWriteConnection, pgconn.ErrPrimaryConnection, pgconn.ErrStandbyConnection, // target_session_attrs: a failover
+	}, func(target error) bool { return errors.Is(err, target) })
+}
+
+// notNow are the SQLSTATEs, or their classes, of a server that may take a connection later: too many of them, starting up, shutting down,
+// a disk's trouble.
+var notNow = []string{"40", "53", "55006", "55P03", "57", "58"}
+
+// isNotNow tells a "not now" from a "never". Poolers have one code for everything (PgBouncer 08P01, Supavisor and Neon's proxy XX000).
+func isNotNow(pg *pgconn.PgError) bool {
+	return slices.ContainsFunc(notNow, func(code string) bool { return strings.HasPrefix(pg.Code, code) }) ||
+		isPoolers(pg) && !isAbout(pg, "not found", "does not exist", "not supported", "unsupported", "endpoint id", "disabled", "not allowed", "ssl required", "tls required", "insecure")
+}
+
+func isPoolers(pg *pgconn.PgError) bool {
+	return strings.HasPrefix(pg.Code, "08") || strings.HasPrefix(pg.Code, "XX") || pg.Code == ""
+}
+
+// isAbout reports whether a pooler says one of words.
+func isAbout(pg *pgconn.PgError, words ...string) bool {
+	text := strings.ToLower(pg.Message)
+	return isPoolers(pg) && slices.ContainsFunc(words, func(word string) bool { return strings.Contains(text, word) })
 }
 
 // reason is the innermost cause, without the addresses and names that pgconn puts around it.

@@ -34,7 +34,7 @@ func Probe(ctx context.Context, db *gorm.DB, writes ...string) error {
 	}
 	switch d := db.Dialector.(type) {
 	case pgDialector:
-		err = probePostgres(ctx, pool, d.schema, want, writes)
+		err = probePostgres(ctx, pool, d, want, writes)
 	case dialector:
 		err = probeSQLite(ctx, pool, d, want)
 	}
@@ -95,7 +95,8 @@ WHERE t.oid IS NULL OR a.attname IS NULL OR NOT has_table_privilege(t.oid, 'SELE
 	OR w.writes AND NOT (has_table_privilege(t.oid, 'INSERT') AND has_table_privilege(t.oid, 'UPDATE'))
 ORDER BY 1, 2`
 
-func probePostgres(ctx context.Context, pool *sql.DB, schema string, want []tableColumn, writes []string) error {
+func probePostgres(ctx context.Context, pool *sql.DB, d pgDialector, want []tableColumn, writes []string) error {
+	schema := d.schema
 	var database, user string
 	var exists, usable, standby, readOnly bool
 	err := pool.QueryRowContext(ctx, `SELECT current_database(), current_user, n.oid IS NOT NULL, n.oid IS NULL OR has_schema_privilege(n.oid, 'USAGE'),
@@ -109,7 +110,7 @@ func probePostgres(ctx context.Context, pool *sql.DB, schema string, want []tabl
 	case !usable:
 		return fmt.Errorf("user %q may not use schema %q: GRANT USAGE ON SCHEMA %s (%w)", user, schema, schema, ErrAuth)
 	case standby && len(writes) > 0:
-		return fmt.Errorf("%w: this PostgreSQL is a standby: name the primary in USHER_DATABASE_URL (target_session_attrs=read-write finds it), or promote this one", errReadOnly)
+		return fmt.Errorf("%w: this PostgreSQL is a standby: name the primary in %s (target_session_attrs=read-write finds it), or promote this one", errReadOnly, d.connector.url.setting)
 	case readOnly && len(writes) > 0:
 		return fmt.Errorf("%w: default_transaction_read_only is on for database %q or user %q, perhaps by its provider because the disk is full: make room, then ALTER DATABASE … RESET default_transaction_read_only", errReadOnly, database, user)
 	}

@@ -107,7 +107,6 @@ func TestTransactionsAreDurableWhereAPoolerDropsTheParametersOfTheStart(t *testi
 	require.NoError(t, admin.Exec("ALTER DATABASE "+name+" SET default_transaction_isolation = serializable").Error)
 
 	db := dbtest.Open(t, dropParameters(t, address))
-	require.Equal(t, "off", show(t, db, "synchronous_commit"), "the proxy drops it")
 	require.NoError(t, db.Exec("INSERT INTO public.seen SELECT current_setting('synchronous_commit'), 'alone'").Error)
 	require.NoError(t, db.Exec("INSERT INTO public.seen SELECT current_setting('synchronous_commit'), ?", "alone with an argument").Error)
 	require.Error(t, db.Exec("INSERT INTO public.seen SELECT 1/0, 'failed'").Error)
@@ -118,7 +117,6 @@ func TestTransactionsAreDurableWhereAPoolerDropsTheParametersOfTheStart(t *testi
 	var seen []string
 	require.NoError(t, admin.Raw("SELECT setting FROM public.seen").Scan(&seen).Error)
 	assert.Equal(t, []string{"on", "on", "on"}, seen)
-	require.Equal(t, "off", show(t, db, "synchronous_commit"), "nothing stays behind for the next client of the server's connection")
 }
 
 // dropParameters starts a proxy that hands on nothing of a connection's start but user and database, and returns its address.
@@ -225,7 +223,7 @@ func TestExecModes(t *testing.T) {
 
 func TestAParameterThatTheServerRefusesEndsTheStart(t *testing.T) {
 	t.Parallel()
-	for name, value := range map[string]string{"pgbouncer": "true", "statement_timeout": "soon"} {
+	for name, value := range map[string]string{"statment_timeout": "5s", "statement_timeout": "soon", "shared_buffers": "1GB"} {
 		_, err := database.Open(t.Context(), withParameter(t, dbtest.EmptyPostgresURL(t), name, value), dbtest.Schema)
 		require.ErrorIs(t, err, database.ErrUnusable)
 		require.ErrorContains(t, err, name)

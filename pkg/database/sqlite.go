@@ -32,7 +32,7 @@ var pragmas = []string{
 	"cache_size=-16384", "temp_store=MEMORY", "wal_autocheckpoint=2000", "journal_size_limit=67108864",
 }
 
-func openSQLite(ctx context.Context, path string) (*gorm.DB, error) {
+func openSQLite(ctx context.Context, path, setting string) (*gorm.DB, error) {
 	path = strings.TrimPrefix(path, "//") // sqlite:///var/lib/usher.db is what other programs write
 	if path == "" || strings.HasPrefix(path, ":memory:") {
 		return nil, unusable("sqlite needs the path of a file, as in sqlite:usher-data/usher.db")
@@ -65,7 +65,7 @@ func openSQLite(ctx context.Context, path string) (*gorm.DB, error) {
 	}
 	if err == nil && encoding != "UTF-8" { // ids would be compared by the bytes of UTF-16, and rows be won by other events
 		_ = pool.Close()
-		return nil, unusable("the encoding of %s is %s; Usher needs UTF-8: name a new file in USHER_DATABASE_URL, and fill it with `usher setup` and `usher backfill`", path, encoding)
+		return nil, unusable("the encoding of %s is %s; Usher needs UTF-8: name a new file in %s, and fill it with `usher setup` and `usher backfill`", path, encoding, setting)
 	}
 	if err != nil {
 		_ = pool.Close()

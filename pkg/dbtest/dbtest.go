@@ -165,13 +165,15 @@ func shared(t testing.TB) *cluster {
 	return c
 }
 
-// need skips or fails the test for want of a PostgreSQL.
+// need skips or fails the test for want of a PostgreSQL or PgBouncer.
 func need(t testing.TB, err error) {
 	t.Helper()
 	switch {
 	case err == nil:
 	case errors.Is(err, errNoPostgres) && os.Getenv("CI") == "":
 		t.Skipf("skipped: %v; install it or set TEST_DATABASE_URL", err)
+	case errors.Is(err, errNoPgBouncer) && os.Getenv("CI") == "":
+		t.Skipf("skipped: %v; install it", err)
 	default:
 		t.Fatalf("PostgreSQL for tests: %v", err)
 	}
