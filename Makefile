@@ -35,15 +35,15 @@ build: ## build usher and the services into bin/
 	CGO_ENABLED=0 go build -trimpath -o bin/ ./cli/cmd/usher $(foreach s,$(SERVICES),./$(s)/cmd/$(s))
 
 .PHONY: test
-test: ## run every test once with the race detector; installs what is missing (PostgreSQL, strace, a C compiler)
-	@./scripts/need postgres cc strace
+test: ## run every test once with the race detector; installs what is missing (PostgreSQL, PgBouncer, strace, a C compiler)
+	@./scripts/need postgres pgbouncer cc strace
 	@packages=$$(go list $(PKG)); \
 	if unit=$$(grep -v /cli/e2e <<<"$$packages"); then echo "--- all but cli/e2e, with the race detector"; go test -timeout 15m $(RACE) $(TESTFLAGS) $$unit; fi; \
 	if e2e=$$(grep /cli/e2e <<<"$$packages"); then echo "--- cli/e2e"; go test -timeout 15m $(TESTFLAGS) $$e2e; fi
 
 .PHONY: race
 race: ## hunt for flaky tests: three times, shuffled, with the race detector
-	@./scripts/need postgres cc strace
+	@./scripts/need postgres pgbouncer cc strace
 	go test -timeout 45m $(RACE) -count=3 -shuffle=on $(PKG)
 
 # In CI the tests have run in the workspace already: what can differ alone is what they are built from, so they are built and linked.
@@ -51,7 +51,7 @@ ALONE_TESTS := $(if $(CI),-run '^$$')
 
 .PHONY: alone
 alone: ## vet, build and test each module without the workspace, as if it were the only one
-	@$(if $(CI),,./scripts/need postgres strace)
+	@$(if $(CI),,./scripts/need postgres pgbouncer strace)
 	@for m in $(MODULES); do echo "--- $$m"; (cd $$m && GOWORK=off go vet ./... && GOWORK=off go build ./... && GOWORK=off go test -timeout 15m $(ALONE_TESTS) ./...); done
 
 .PHONY: lint

@@ -401,8 +401,8 @@ func (s *Settings) validate() Problems {
 		"CLERK_API_URL": s.ClerkAPIURL, "USHER_DATABASE_URL": s.DatabaseURL, "USHER_SMTP_URL": s.SMTPURL, "USHER_SLACK_WEBHOOK_URL": s.SlackWebhookURL,
 	} {
 		if err := redact.CheckURL(value); err != nil {
-			if name == "USHER_DATABASE_URL" && s.origins[name] == "DATABASE_URL" {
-				name = "DATABASE_URL"
+			if name == "USHER_DATABASE_URL" {
+				name = s.DatabaseSetting()
 			}
 			bad(name, "%v", err)
 		}
@@ -429,9 +429,8 @@ func (s *Settings) validate() Problems {
 			break
 		}
 	}
-	if !strings.HasPrefix(s.DatabaseURL, "postgres://") && !strings.HasPrefix(s.DatabaseURL, "postgresql://") &&
-		(!strings.HasPrefix(s.DatabaseURL, "sqlite:") || s.DatabaseURL == "sqlite:") {
-		bad("USHER_DATABASE_URL", "want postgres://… or sqlite:PATH")
+	if why := wrongDatabase(s.DatabaseURL); why != "" {
+		bad(s.DatabaseSetting(), "%s", why)
 	}
 	if !slices.Contains([]int{1, 3, 5}, s.StreamReplicas) {
 		bad("USHER_STREAM_REPLICAS", "%d is not 1, 3 or 5", s.StreamReplicas)
@@ -558,6 +557,31 @@ func (s *Settings) List() []Setting {
 
 // Origin says where the value of a setting comes from: default, environment, flag, or DATABASE_URL.
 func (s *Settings) Origin(name string) string { return s.origins[name] }
+
+// DatabaseSetting is the setting that DatabaseURL comes from: what errors of the database name.
+func (s *Settings) DatabaseSetting() string {
+	if s.origins["USHER_DATABASE_URL"] == "DATABASE_URL" {
+		return "DATABASE_URL"
+	}
+	return "USHER_DATABASE_URL"
+}
+
+// databaseRE are the schemes that pkg/database opens, those that SQLAlchemy and JDBC put a driver's name into included.
+var databaseRE = regexp.MustCompile(`^(?:(?:jdbc:)?postgres(?:ql)?(?:\+\w+)?://|sqlite:.)`)
+
+// wrongDatabase says why a URL names no database that Usher can use, as far as its scheme tells. It repeats nothing of it.
+func wrongDatabase(address string) string {
+	switch {
+	case databaseRE.MatchString(address):
+		return ""
+	case strings.HasPrefix(address, `"`), strings.HasPrefix(address, "'"):
+		return "begins with a quote: docker --env-file and the like keep quotes, so leave them out"
+	case strings.HasPrefix(address, "prisma://"), strings.HasPrefix(address, "prisma+postgres://"):
+		return "Prisma's proxy is no PostgreSQL: name the database itself, postgres://… (often in DIRECT_URL), in USHER_DATABASE_URL"
+	default:
+		return "want postgres://… or sqlite:PATH; where this is another program's, set USHER_DATABASE_URL"
+	}
+}
 
 // mask hides a secret, and of a URL what may be one.
 func mask(value, secret string) string {

@@ -73,6 +73,9 @@ func parsePostgres(address, setting string) (*pgURL, error) {
 	if err := redact.CheckURL(address); err != nil {
 		return nil, unusable("%s: %v", setting, err)
 	}
+	if strings.Contains(address, "[YOUR-PASSWORD]") { // Supabase prints it
+		return nil, unusable("%s still has [YOUR-PASSWORD] where the password belongs", setting)
+	}
 	base, query, _ := strings.Cut(postgresRE.ReplaceAllLiteralString(address, "postgres://"), "?")
 	var pairs []pair
 	for raw := range strings.SplitSeq(query, "&") {
@@ -163,9 +166,6 @@ func (u *pgURL) invalid(base string, pairs []pair, err error) error {
 			}
 			return unusable("%s in %s is not valid%s: correct or remove it", p.name, u.setting, why)
 		}
-	}
-	if strings.Contains(base, "[YOUR-PASSWORD]") {
-		return unusable("%s still has [YOUR-PASSWORD] where the password belongs", u.setting)
 	}
 	return unusable("%s is not valid; it looks like postgres://user:password@host:5432/name (special characters of the password as %%XX)", u.setting)
 }

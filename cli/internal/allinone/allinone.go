@@ -117,9 +117,9 @@ func New(ctx context.Context, cfg Config) (_ *Instance, err error) {
 	}
 	i.waitingFor("the database, or bringing it up to date")
 	if cfg.Mode == "serve" { // for real: a machine that starts may have its database a minute later
-		i.DB, err = database.Await(ctx, s.DatabaseURL, s.DatabaseSchema, log)
+		i.DB, err = database.Await(ctx, s.DatabaseURL, s.DatabaseSchema, log, s.DatabaseSetting())
 	} else {
-		i.DB, err = database.Open(ctx, s.DatabaseURL, s.DatabaseSchema)
+		i.DB, err = database.Open(ctx, s.DatabaseURL, s.DatabaseSchema, s.DatabaseSetting())
 	}
 	if err != nil {
 		return nil, err

@@ -120,7 +120,7 @@ func (r *reach) database(ctx context.Context) (*gorm.DB, error) {
 		if r.settings.Origin("USHER_DATABASE_URL") == "default" && r.stateErr != nil {
 			return nil, fmt.Errorf("find the database: %s does not exist, and %w", path, r.stateErr)
 		}
-		return nil, fmt.Errorf("find the database: %s does not exist: check USHER_DATABASE_URL, or create it with `usher setup`", path)
+		return nil, fmt.Errorf("find the database: %s does not exist: check %s, or create it with `usher setup`", path, r.settings.DatabaseSetting())
 	}
 	db, err := r.open(ctx, address, schema)
 	if err != nil {
@@ -133,7 +133,11 @@ func (r *reach) database(ctx context.Context) (*gorm.DB, error) {
 }
 
 func (r *reach) open(ctx context.Context, address, schema string) (*gorm.DB, error) {
-	db, err := database.Open(ctx, address, schema)
+	setting := r.settings.DatabaseSetting()
+	if address != r.settings.DatabaseURL {
+		setting = "the database URL of the running Usher"
+	}
+	db, err := database.Open(ctx, address, schema, setting)
 	if err != nil {
 		return nil, err
 	}

@@ -23,7 +23,7 @@ var program = process.Program{
 func main() { process.Main(program) }
 
 func start(ctx context.Context, p *process.Process) (lifecycle.Service, error) {
-	db, err := database.Await(ctx, p.Settings.DatabaseURL, p.Settings.DatabaseSchema, p.Log)
+	db, err := database.Await(ctx, p.Settings.DatabaseURL, p.Settings.DatabaseSchema, p.Log, p.Settings.DatabaseSetting())
 	if err != nil {
 		return nil, err
 	}

@@ -27,7 +27,7 @@ func start(ctx context.Context, p *process.Process) (lifecycle.Service, error) {
 	var db *gorm.DB
 	if len(cfg.Sources) > 0 { // without a key there is nothing to compare
 		var err error
-		if db, err = database.Await(ctx, p.Settings.DatabaseURL, p.Settings.DatabaseSchema, p.Log); err != nil {
+		if db, err = database.Await(ctx, p.Settings.DatabaseURL, p.Settings.DatabaseSchema, p.Log, p.Settings.DatabaseSetting()); err != nil {
 			return nil, err
 		}
 		p.Closers.Add(func() error { return database.Close(db) })
