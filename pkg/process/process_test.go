@@ -92,7 +92,7 @@ func TestEveryWrongSettingIsListedOnceAndNothingStarts(t *testing.T) {
 		"everyone's and its own":      {config.Environ{"USHER_LOG_LEVEL=loud"}, own[:1], []string{"USHER_LOG_LEVEL", "USHER_NATS_URL", "OWN_SETTING"}},
 		"not decoded and not valid":   {environ("USHER_ALERT_MIN_EVENTS=x", "USHER_STREAM_REPLICAS=2"), own[:1], []string{"USHER_ALERT_MIN_EVENTS", "USHER_STREAM_REPLICAS", "OWN_SETTING"}},
 		"what both found":             {environ("USHER_CONSOLE_ADDR=:1"), own, []string{"USHER_CONSOLE_ADDR", "OWN_SETTING"}},
-		"a database's other variable": {environ("DATABASE_URL=mysql://x"), own[:1], []string{"USHER_DATABASE_URL", "OWN_SETTING"}},
+		"a database's other variable": {environ("DATABASE_URL=mysql://x"), own[:1], []string{"DATABASE_URL", "OWN_SETTING"}},
 		"a source twice":              {environ("USHER_SOURCE_CLERK_SECRET_KEY=x"), own[:1], []string{"USHER_SOURCE_CLERK_…", "OWN_SETTING"}},
 	} {
 		var stderr bytes.Buffer
