@@ -1,20 +1,19 @@
 // Package console is the service that shows what Usher does: pages under /admin, JSON under /api.
 //
-// It guarantees that nobody reads it without the admin token, and that without a token it is open to
-// this machine only: it binds to a loopback address and refuses requests that name another host, so
-// that a web page cannot reach it through a name that points to 127.0.0.1. It reads and never writes:
-// what changes the world goes through events, such as that of a user who is asked for before the webhook came.
+// It guarantees that nobody reads it without a token, from this machine neither: a proxy before it, or a web page in a browser
+// here, comes from a loopback address too. Where no admin token is set it makes one, keeps it in the data folder and binds to a
+// loopback address only. A browser exchanges the token for a session. The console reads and never writes: what changes
+// the world goes through events, such as that of a user who is asked for before the webhook came.
 package console
 
 import (
 	"context"
-	"crypto/sha256"
-	"crypto/subtle"
 	"errors"
 	"fmt"
 	"net"
 	"net/http"
-	"strings"
+	"net/url"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -45,14 +44,16 @@ const (
 // Config is what the console needs to know.
 type Config struct {
 	Addr       string // listener, host:port; port 0 takes a free one
-	AdminToken string // empty: Addr must be a loopback address
+	AdminToken string // empty: one is made and kept in DataDir, and Addr must be a loopback address
+	AppToken   string // of applications, for `ensure` only; empty: none
+	DataDir    string // keeps the token that is made
 	Source     string // that a user is looked for in where the request names none
 	Sources    []clerk.Source
 }
 
 // ConfigFrom takes the console's part of the settings.
 func ConfigFrom(s *config.Settings) Config {
-	return Config{Addr: s.ConsoleAddr, AdminToken: s.AdminToken, Source: s.Source, Sources: clerk.SourcesFrom(s)}
+	return Config{Addr: s.ConsoleAddr, AdminToken: s.AdminToken, AppToken: s.AppToken, DataDir: s.DataDir, Source: s.Source, Sources: clerk.SourcesFrom(s)}
 }
 
 // Validate names every setting that is missing or wrong. The error is config.Problems.
@@ -83,6 +84,9 @@ type Console struct {
 	presence *stream.Presence
 	database *database.Watch // nil without a database
 	ensurer  *ensurer
+	access   *access
+	made     bool // the token, by this console or an earlier one
+	fresh    bool // it was made now
 }
 
 // New listens at once, so that a taken port is an error here. The broker may be away: the check "console" in health
@@ -92,6 +96,12 @@ func New(cfg Config, deps Deps) (*Console, error) {
 		return nil, err
 	}
 	log := deps.Log.With(zap.String("service", Name))
+	made, fresh, err := cfg.AdminToken == "", false, error(nil)
+	if made {
+		if cfg.AdminToken, fresh, err = madeToken(cfg.DataDir, log); err != nil {
+			return nil, fmt.Errorf("start %s: %w", Name, err)
+		}
+	}
 	ensurer, err := newEnsurer(cfg.Sources, deps, log)
 	if err != nil {
 		return nil, fmt.Errorf("start %s: %w", Name, err)
@@ -103,6 +113,7 @@ func New(cfg Config, deps Deps) (*Console, error) {
 	}
 	c := &Console{
 		cfg: cfg, js: deps.JetStream, db: deps.DB, log: log, listener: listener, ensurer: ensurer,
+		access: newAccess(cfg, listener.Addr(), deps, log), made: made, fresh: fresh,
 		presence: stream.NewPresence(deps.JetStream.Conn(), deps.JetStream, log, stream.Events, stream.DeadLetters),
 	}
 	c.server = &http.Server{
@@ -124,6 +135,20 @@ func (c *Console) Name() string { return Name }
 // Addr is where the console listens.
 func (c *Console) Addr() string { return c.listener.Addr().String() }
 
+// MadeToken is the admin token that the data folder keeps, "" where one is set. fresh reports whether this console made it: then it is to be
+// shown, this once.
+func (c *Console) MadeToken() (token string, fresh bool) {
+	if !c.made {
+		return "", false
+	}
+	return c.cfg.AdminToken, c.fresh
+}
+
+// LoginURL is a link that logs a browser in at a console; base is the console's address, such as http://127.0.0.1:8081.
+func LoginURL(base, token string) string {
+	return base + loginPath + "?token=" + url.QueryEscape(token)
+}
+
 // Close gives back what New opened. It may be called after Run, and more than once.
 func (c *Console) Close() {
 	_ = c.listener.Close()
@@ -139,7 +164,11 @@ func (c *Console) Run(ctx context.Context) error {
 	if c.database != nil {
 		watched.Go(func() { c.database.Run(watch) })
 	}
-	c.log.Info("started", zap.String("addr", c.Addr()))
+	fields := []zap.Field{zap.String("addr", c.Addr())}
+	if c.made {
+		fields = append(fields, zap.String("admin_token_file", filepath.Join(c.cfg.DataDir, TokenFile)))
+	}
+	c.log.Info("started", fields...)
 	err := observe.Serve(ctx, c.server, c.listener, stopGrace)
 	stop()
 	watched.Wait()
@@ -148,45 +177,6 @@ func (c *Console) Run(ctx context.Context) error {
 	}
 	c.log.Info("stopped")
 	return nil
-}
-
-// guard lets in whom the settings allow, and tells browsers to keep everything to themselves.
-func (c *Console) guard(next http.Handler) http.Handler {
-	want := sha256.Sum256([]byte(c.cfg.AdminToken))
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		h := w.Header()
-		h.Set("Content-Security-Policy", "default-src 'none'; style-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-		h.Set("X-Content-Type-Options", "nosniff")
-		h.Set("X-Frame-Options", "DENY")
-		h.Set("Referrer-Policy", "no-referrer")
-		h.Set("Cross-Origin-Resource-Policy", "same-origin")
-		h.Set("Cache-Control", "no-store")
-		if c.cfg.AdminToken == "" {
-			if !loopbackHost(r.Host) {
-				writeError(w, http.StatusForbidden, "forbidden_host", "without USHER_ADMIN_TOKEN the console answers only to localhost")
-				return
-			}
-			next.ServeHTTP(w, r)
-			return
-		}
-		scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
-		// Hashed first: the comparison then takes the same time for a token of any length.
-		have := sha256.Sum256([]byte(token))
-		if !strings.EqualFold(scheme, "Bearer") || subtle.ConstantTimeCompare(have[:], want[:]) != 1 {
-			h.Set("WWW-Authenticate", `Bearer realm="usher"`)
-			writeError(w, http.StatusUnauthorized, "unauthorized", "send the admin token as Authorization: Bearer …")
-			return
-		}
-		next.ServeHTTP(w, r)
-	})
-}
-
-// loopbackHost tells whether a Host header, with or without a port, names this machine.
-func loopbackHost(host string) bool {
-	if config.IsLoopback(host) {
-		return true
-	}
-	return config.IsLoopback(net.JoinHostPort(strings.Trim(host, "[]"), "0"))
 }
 
 // ask bounds one question to the broker or the database by time.

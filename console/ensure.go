@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"regexp"
 	"slices"
@@ -35,6 +36,9 @@ const (
 	// maxGenerations bounds how often one version of a user is published again after its row was lost.
 	maxGenerations = 16
 	mirrorHandler  = "mirror"
+
+	// privateMetadata is the column that is left out unless it is asked for: most who ask only want the user to be there.
+	privateMetadata = "private_metadata"
 )
 
 // How an `ensure` ended: the label of its metric, and what the answer says of a row that was found.
@@ -116,6 +120,13 @@ func (c *Console) ensureUser(w http.ResponseWriter, r *http.Request) {
 	if query.Has("source") {
 		source = query.Get("source")
 	}
+	private := false
+	for _, name := range query["include"] {
+		if private = name == privateMetadata; !private {
+			writeError(w, http.StatusBadRequest, "invalid_include", "include: want "+privateMetadata)
+			return
+		}
+	}
 	row, result, err := c.ensurer.ensure(r.Context(), source, id, wait)
 	if r.Context().Err() != nil {
 		return // nobody listens
@@ -124,6 +135,10 @@ func (c *Console) ensureUser(w http.ResponseWriter, r *http.Request) {
 	var no *refusal
 	switch {
 	case err == nil:
+		if !private { // the row is shared by all who wait for it
+			row = maps.Clone(row)
+			delete(row, privateMetadata)
+		}
 		writeJSON(w, http.StatusOK, map[string]any{"user": row, "result": result})
 	case errors.As(err, &no) && result == ensureNotFound:
 		writeError(w, http.StatusNotFound, no.code, no.message)

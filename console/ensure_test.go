@@ -180,6 +180,31 @@ func (s *signUps) counted(result string) float64 {
 	return 0
 }
 
+// TestPrivateMetadataIsLeftOutUnlessAskedFor: also where the webhook's row is shared by those who ask for more and for less.
+func TestPrivateMetadataIsLeftOutUnlessAskedFor(t *testing.T) {
+	t.Parallel()
+	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {
+		s := newSignUps(t, db, emulator.APIConfig{})
+		id, events := s.clerk.SignUp()
+		answers := make(chan ensured, 2)
+		go func() { answers <- s.ensure(id, "?wait=5s") }()
+		go func() { answers <- s.ensure(id, "?wait=5s") }()
+		s.deliver(events...)
+		for range 2 {
+			got := <-answers
+			assert.Equal(t, http.StatusOK, got.status, got.Error)
+			assert.NotContains(t, got.User, "private_metadata")
+			assert.Contains(t, got.User, "public_metadata")
+		}
+		assert.Contains(t, s.ensure(id, "?include=private_metadata").User, "private_metadata")
+		for _, query := range []string{"?include=raw", "?include=", "?include=private_metadata&include=raw"} {
+			got := s.ensure(id, query)
+			assert.Equal(t, http.StatusBadRequest, got.status, query)
+			assert.Equal(t, "invalid_include", got.Error.Code)
+		}
+	})
+}
+
 func TestWebhookThatComesInTimeSparesClerkTheQuestion(t *testing.T) {
 	t.Parallel()
 	s := newSignUps(t, dbtest.SQLite(t), emulator.APIConfig{})

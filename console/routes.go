@@ -17,21 +17,40 @@ var assets embed.FS
 
 var adminPage = template.Must(template.ParseFS(assets, "assets/admin.html"))
 
-func (c *Console) routes() http.Handler {
-	mux := http.NewServeMux()
-	mux.Handle("GET /{$}", http.RedirectHandler("/admin", http.StatusFound))
-	mux.HandleFunc("GET /admin", c.admin)
-	mux.HandleFunc("GET /admin/admin.css", func(w http.ResponseWriter, r *http.Request) {
-		http.ServeFileFS(w, r, assets, "assets/admin.css")
-	})
-	mux.HandleFunc("GET /api/consumers", c.consumers)
-	mux.HandleFunc("/api/consumers", notAllowed)
-	mux.HandleFunc("GET /api/users/{id}/ensure", c.ensureUser)
-	mux.HandleFunc("/api/users/{id}/ensure", notAllowed)
-	mux.HandleFunc("/api/", func(w http.ResponseWriter, _ *http.Request) {
-		writeError(w, http.StatusNotFound, "not_found", "there is no such resource")
-	})
-	return mux
+// route is one pattern of the console and who may use it.
+type route struct {
+	pattern string
+	need    role
+	handler http.HandlerFunc
+}
+
+func (c *Console) routes() []route {
+	return []route{
+		{"GET /admin/login", anyone, c.login},
+		{"POST /admin/login", anyone, c.login},
+		{"POST /admin/logout", administrator, c.logout},
+		{"GET /{$}", administrator, http.RedirectHandler("/admin", http.StatusFound).ServeHTTP},
+		{"GET /admin", administrator, c.admin},
+		{"GET /admin/admin.css", administrator, func(w http.ResponseWriter, r *http.Request) {
+			http.ServeFileFS(w, r, assets, "assets/admin.css")
+		}},
+		{"GET /api/consumers", administrator, c.consumers},
+		{"/api/consumers", administrator, notAllowed},
+		{"GET /api/users/{id}/ensure", application, c.ensureUser},
+		{"/api/users/{id}/ensure", application, notAllowed},
+		{"/api/", administrator, func(w http.ResponseWriter, _ *http.Request) {
+			writeError(w, http.StatusNotFound, "not_found", "there is no such resource")
+		}},
+	}
+}
+
+// Routes are the patterns that the console answers, as [http.ServeMux] has them.
+func (c *Console) Routes() []string {
+	var patterns []string
+	for _, r := range c.routes() {
+		patterns = append(patterns, r.pattern)
+	}
+	return patterns
 }
 
 // consumers answers GET /api/consumers.

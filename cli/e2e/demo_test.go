@@ -3,6 +3,7 @@ package e2e
 import (
 	"encoding/json"
 	"net/http"
+	"net/http/cookiejar"
 	"os"
 	"path/filepath"
 	"slices"
@@ -120,7 +121,7 @@ func TestDevPrintsWhereItListensAndCleansUp(t *testing.T) {
 
 	assert.Equal(t, 0, p.stop(), p.stderr.String())
 	out := p.stdout.String()
-	for _, want := range []string{s.IngestURL, s.ConsoleURL, s.OpsURL, s.SigningSecret} {
+	for _, want := range []string{s.IngestURL, s.ConsoleURL + "/admin/login?token=" + s.AdminToken, s.OpsURL, s.SigningSecret} {
 		assert.Contains(t, out, want)
 	}
 	assert.True(t, strings.HasPrefix(s.SigningSecret, "whsec_"))
@@ -140,9 +141,53 @@ func TestWrongSettingsStopTheStartWithEveryProblem(t *testing.T) {
 			assert.Contains(t, stderr, name, command)
 		}
 	}
+	for _, command := range []string{"dev", "serve"} {
+		code, _, stderr := run(t, []string{"USHER_DATA_DIR=" + t.TempDir(), "CLERK_WEBHOOK_SIGNING_SECRET=" + fixture.Secret, "USHER_ADMIN_TOKEN=123456789012345"}, command)
+		assert.Equal(t, 2, code, command)
+		assert.Contains(t, stderr, "USHER_ADMIN_TOKEN: has 15 characters, at least 16 are needed")
+	}
 	code, _, stderr := run(t, []string{"USHER_DATA_DIR=" + t.TempDir()}, "serve")
 	assert.Equal(t, 2, code)
 	assert.Contains(t, stderr, "CLERK_WEBHOOK_SIGNING_SECRET", "serve makes up no secret")
+}
+
+// TestServeShowsTheLoginLinkOnce: a link that opens the console is printed at the start that makes the token, and at no other.
+func TestServeShowsTheLoginLinkOnce(t *testing.T) {
+	t.Parallel()
+	dataDir := filepath.Join(t.TempDir(), "data")
+	env := append([]string{"USHER_DATA_DIR=" + dataDir, "CLERK_WEBHOOK_SIGNING_SECRET=" + fixture.Secret}, randomPorts...)
+	for round := range 2 {
+		p := start(t, env, "serve")
+		s := p.ready(dataDir)
+		kept, err := os.ReadFile(filepath.Join(dataDir, "admin-token"))
+		require.NoError(t, err)
+		require.Equal(t, s.AdminToken+"\n", string(kept))
+		info, err := os.Stat(filepath.Join(dataDir, "admin-token"))
+		require.NoError(t, err)
+		assert.Equal(t, os.FileMode(0o600), info.Mode().Perm())
+		link := s.ConsoleURL + "/admin/login?token=" + s.AdminToken
+		if round == 0 {
+			assert.Equal(t, http.StatusUnauthorized, get(s.ConsoleURL+"/admin"))
+			jar, err := cookiejar.New(nil)
+			require.NoError(t, err)
+			browser := &http.Client{Jar: jar, Transport: &http.Transport{DisableKeepAlives: true}}
+			req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, link, nil)
+			require.NoError(t, err)
+			res, err := browser.Do(req)
+			require.NoError(t, err)
+			require.NoError(t, res.Body.Close())
+			assert.Equal(t, http.StatusOK, res.StatusCode)
+			assert.Equal(t, "/admin", res.Request.URL.Path)
+		}
+		assert.Equal(t, 0, p.stop(), p.stderr.String())
+		assert.NotContains(t, p.stderr.String(), s.AdminToken, "no log holds it")
+		if round == 0 {
+			assert.Equal(t, 1, strings.Count(p.stdout.String(), link), p.stdout.String())
+		} else {
+			assert.Empty(t, p.stdout.String())
+			assert.Contains(t, p.stderr.String(), "admin-token")
+		}
+	}
 }
 
 func TestInterruptedDemoIsNoSuccess(t *testing.T) {

@@ -132,6 +132,7 @@ type state struct {
 	IngestURL     string `json:"ingest_url"`
 	OpsURL        string `json:"ops_url"`
 	ConsoleURL    string `json:"console_url"`
+	AdminToken    string `json:"admin_token"`
 	SigningSecret string `json:"signing_secret"`
 	PID           int    `json:"pid"`
 }

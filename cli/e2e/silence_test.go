@@ -24,8 +24,9 @@ import (
 type beside struct {
 	*process
 	state
-	clerk *emulator.Clerk
-	db    *gorm.DB
+	dataDir string
+	clerk   *emulator.Clerk
+	db      *gorm.DB
 }
 
 func serveBeside(t *testing.T, databaseURL string, extra ...string) *beside {
@@ -38,6 +39,7 @@ func serveBeside(t *testing.T, databaseURL string, extra ...string) *beside {
 		"CLERK_WEBHOOK_SIGNING_SECRET=" + secret, "USHER_DATA_DIR=" + dataDir, "USHER_DATABASE_URL=" + databaseURL,
 		"CLERK_SECRET_KEY=sk_live_e2e", "CLERK_API_URL=" + server.URL + "/v1",
 	}, slices.Concat(randomPorts, extra)...)
+	b.dataDir = dataDir
 	b.process = start(t, env, "serve")
 	b.state = b.process.ready(dataDir)
 	var err error
@@ -109,7 +111,7 @@ func TestDisabledEndpointRaisesOneAlert(t *testing.T) {
 // TestUserIsThereBeforeTheWebhook is what an application does after a sign-up.
 func TestUserIsThereBeforeTheWebhook(t *testing.T) {
 	t.Parallel()
-	b := serveBeside(t, dbtest.EmptyPostgresURL(t), "USHER_ADMIN_TOKEN=a-token-for-tests", "USHER_RECONCILE_INTERVAL=1h")
+	b := serveBeside(t, dbtest.EmptyPostgresURL(t), "USHER_APP_TOKEN=a-token-for-tests", "USHER_RECONCILE_INTERVAL=1h")
 	c, err := client.New(b.ConsoleURL, "a-token-for-tests")
 	require.NoError(t, err)
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
@@ -125,6 +127,13 @@ func TestUserIsThereBeforeTheWebhook(t *testing.T) {
 	require.NoError(t, err)
 	t.Logf("the row was there after %s, of which 100 ms were given to the webhook", time.Since(began).Round(time.Millisecond))
 	assert.Equal(t, id, user.ID)
+	assert.Nil(t, user.PrivateMetadata)
+	admin, err := client.Local(b.dataDir)
+	require.NoError(t, err)
+	user, err = admin.EnsureUser(ctx, id, 0, client.PrivateMetadata)
+	require.NoError(t, err)
+	assert.NotNil(t, user.PrivateMetadata)
+	admin.HTTP.CloseIdleConnections()
 	var origin string
 	require.NoError(t, b.db.Raw("SELECT origin FROM users WHERE id = ?", id).Scan(&origin).Error)
 	assert.Equal(t, "reconcile", origin)

@@ -14,6 +14,8 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
@@ -23,8 +25,8 @@ import (
 var (
 	// ErrNotFound is Clerk's word that there is no such user.
 	ErrNotFound = errors.New("user not found")
-	// ErrUnauthorized is a wrong or missing admin token.
-	ErrUnauthorized = errors.New("unauthorized: the token is not the console's USHER_ADMIN_TOKEN")
+	// ErrUnauthorized is a wrong or missing token.
+	ErrUnauthorized = errors.New("unauthorized: the token is neither the console's USHER_APP_TOKEN nor its USHER_ADMIN_TOKEN")
 )
 
 // Client calls a console. It is safe for concurrent use. Calls for one user at a time share one request to Clerk, at the console.
@@ -35,8 +37,8 @@ type Client struct {
 	HTTP *http.Client
 }
 
-// New makes a client of the console at an address such as "http://127.0.0.1:8081". token is USHER_ADMIN_TOKEN, empty where the
-// console has none.
+// New makes a client of the console at an address such as "http://127.0.0.1:8081". token is the console's USHER_APP_TOKEN, which opens
+// nothing else, or its admin token.
 func New(address, token string) (*Client, error) {
 	u, err := url.Parse(strings.TrimRight(address, "/"))
 	if err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
@@ -44,6 +46,29 @@ func New(address, token string) (*Client, error) {
 	}
 	return &Client{base: u, token: token, HTTP: &http.Client{Timeout: 25 * time.Second}}, nil
 }
+
+// Local makes a client of the `usher dev` or `usher serve` that runs on a data folder of this machine, such as "./usher-data", with the admin
+// token that it made. Where USHER_ADMIN_TOKEN is set there is none: use [New].
+func Local(dataDir string) (*Client, error) {
+	body, err := os.ReadFile(filepath.Join(dataDir, "usher.json"))
+	if err != nil {
+		return nil, fmt.Errorf("find a running `usher dev` or `usher serve`: %w", err)
+	}
+	var running struct {
+		Address string `json:"console_url"`
+		Token   string `json:"admin_token"`
+	}
+	if err := json.Unmarshal(body, &running); err != nil {
+		return nil, fmt.Errorf("find a running `usher dev` or `usher serve`: read %s: %w", filepath.Join(dataDir, "usher.json"), err)
+	}
+	if running.Token == "" {
+		return nil, fmt.Errorf("find the console's token: %s has none, since USHER_ADMIN_TOKEN is set: use client.New with that", filepath.Join(dataDir, "usher.json"))
+	}
+	return New(running.Address, running.Token)
+}
+
+// PrivateMetadata is what [Client.EnsureUser] leaves out unless it is named.
+const PrivateMetadata = "private_metadata"
 
 // User is the user's row in the table users.
 type User struct {
@@ -60,7 +85,7 @@ type User struct {
 	Banned          bool            `json:"banned"`
 	Locked          bool            `json:"locked"`
 	PublicMetadata  json.RawMessage `json:"public_metadata"`
-	PrivateMetadata json.RawMessage `json:"private_metadata"`
+	PrivateMetadata json.RawMessage `json:"private_metadata"` // nil unless it was asked for
 	UnsafeMetadata  json.RawMessage `json:"unsafe_metadata"`
 	ClerkCreatedAt  time.Time       `json:"clerk_created_at"`
 	ClerkUpdatedAt  time.Time       `json:"clerk_updated_at"`
@@ -69,9 +94,14 @@ type User struct {
 
 // EnsureUser returns the row of a user once it is there. wait (at most 5 s, 0 for not at all) is how long the webhook may take before Clerk
 // is asked. What may pass (a console, a worker or Clerk that is away or busy) is tried again until ctx is done, so ctx should have a deadline.
-func (c *Client) EnsureUser(ctx context.Context, id string, wait time.Duration) (*User, error) {
+// include names what else to return: [PrivateMetadata].
+func (c *Client) EnsureUser(ctx context.Context, id string, wait time.Duration, include ...string) (*User, error) {
 	address := c.base.JoinPath("api/users", url.PathEscape(id), "ensure")
-	address.RawQuery = url.Values{"wait": {wait.String()}}.Encode()
+	query := url.Values{"wait": {wait.String()}}
+	if len(include) > 0 {
+		query["include"] = include
+	}
+	address.RawQuery = query.Encode()
 	for {
 		user, again, err := c.ensure(ctx, address.String())
 		if again <= 0 {

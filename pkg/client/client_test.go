@@ -4,6 +4,8 @@ import (
 	"context"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -94,6 +96,34 @@ func TestEndOfTheContextEndsTheTries(t *testing.T) {
 	require.ErrorIs(t, err, context.DeadlineExceeded)
 	require.ErrorContains(t, err, "the worker is behind")
 	assert.GreaterOrEqual(t, requests.Load(), int64(2))
+}
+
+func TestLocalFindsTheTokenThatWasMade(t *testing.T) {
+	t.Parallel()
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		assert.Equal(t, "Bearer made-by-the-console", r.Header.Get("Authorization"))
+		assert.Equal(t, []string{client.PrivateMetadata}, r.URL.Query()["include"])
+		say(200, found)(w, r)
+	}))
+	t.Cleanup(server.Close)
+	dir := t.TempDir()
+	write := func(body string) {
+		require.NoError(t, os.WriteFile(filepath.Join(dir, "usher.json"), []byte(body), 0o600))
+	}
+	_, err := client.Local(dir)
+	require.ErrorContains(t, err, "find a running")
+	write("{")
+	_, err = client.Local(dir)
+	require.ErrorContains(t, err, "find a running")
+	write(`{"console_url":"` + server.URL + `"}`)
+	_, err = client.Local(dir)
+	require.ErrorContains(t, err, "USHER_ADMIN_TOKEN is set")
+	write(`{"console_url":"` + server.URL + `","admin_token":"made-by-the-console"}`)
+	c, err := client.Local(dir)
+	require.NoError(t, err)
+	c.HTTP = &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	_, err = c.EnsureUser(t.Context(), "user_1", 0, client.PrivateMetadata)
+	require.NoError(t, err)
 }
 
 func TestAddressMustBeOne(t *testing.T) {

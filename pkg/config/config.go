@@ -20,6 +20,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/sethvargo/go-envconfig"
 
@@ -55,7 +56,8 @@ type Settings struct {
 	IngestAddr  string `env:"USHER_INGEST_ADDR, default=:8080" doc:"listener for webhooks"`
 	ConsoleAddr string `env:"USHER_CONSOLE_ADDR, default=127.0.0.1:8081" doc:"listener of the console and its API"`
 	OpsAddr     string `env:"USHER_OPS_ADDR, default=127.0.0.1:8082" doc:"listener for /healthz, /readyz and /metrics"`
-	AdminToken  string `env:"USHER_ADMIN_TOKEN" secret:"true" doc:"token of the console and its API; without it the console binds to loopback only"`
+	AdminToken  string `env:"USHER_ADMIN_TOKEN" secret:"true" doc:"token of the console and its API, at least 16 characters; where none is set one is made and kept in the data folder, and the console binds to loopback only"`
+	AppToken    string `env:"USHER_APP_TOKEN" secret:"true" doc:"token of applications, at least 16 characters: for GET /api/users/{id}/ensure, nothing else"`
 
 	SMTPURL         string `env:"USHER_SMTP_URL" secret:"url" doc:"mail server, smtp://user:password@host:port; unset: mail is kept as suppressed"`
 	MailFrom        string `env:"USHER_MAIL_FROM" doc:"sender of mail"`
@@ -495,6 +497,14 @@ func (s *Settings) validate() Problems {
 			bad(name, "%q has no port between 0 and 65535", addr)
 		}
 	}
+	for name, token := range map[string]string{"USHER_ADMIN_TOKEN": s.AdminToken, "USHER_APP_TOKEN": s.AppToken} {
+		if err := CheckToken(token); token != "" && err != nil {
+			bad(name, "%v", err)
+		}
+	}
+	if s.AppToken != "" && s.AppToken == s.AdminToken {
+		bad("USHER_APP_TOKEN", "the same as USHER_ADMIN_TOKEN: an application would be an administrator; make one of its own")
+	}
 	if s.AdminToken == "" && !IsLoopback(s.ConsoleAddr) {
 		bad("USHER_CONSOLE_ADDR", "%q is not a loopback address and USHER_ADMIN_TOKEN is not set: set the token, or bind to 127.0.0.1", s.ConsoleAddr)
 	}
@@ -506,6 +516,20 @@ func (s *Settings) validate() Problems {
 	}
 	slices.Sort(problems)
 	return problems
+}
+
+// MinTokenLength is the shortest token that is accepted, in characters.
+const MinTokenLength = 16
+
+// CheckToken returns what is wrong with a token: that it can be guessed, or that no header can carry it. The error does not hold it.
+func CheckToken(token string) error {
+	if n := utf8.RuneCountInString(token); n < MinTokenLength {
+		return fmt.Errorf("has %d characters, at least %d are needed: make one with `openssl rand -hex 20`", n, MinTokenLength)
+	}
+	if strings.ContainsFunc(token, func(r rune) bool { return r <= ' ' || r > '~' }) {
+		return errors.New("has characters that a header does not carry: want letters, digits and signs of ASCII, without spaces")
+	}
+	return nil
 }
 
 // IsLoopback tells whether a listener address is reachable from this machine only.

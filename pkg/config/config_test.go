@@ -145,7 +145,7 @@ func TestSourcesThatAreNotApartAreWarnedAbout(t *testing.T) {
 
 func TestOriginsAndMasks(t *testing.T) {
 	s, err := Load(Environ{
-		"DATABASE_URL=postgres://u:hush@h/db", "CLERK_WEBHOOK_SIGNING_SECRET=" + secret, "USHER_ADMIN_TOKEN=hush",
+		"DATABASE_URL=postgres://u:hush@h/db", "CLERK_WEBHOOK_SIGNING_SECRET=" + secret, "USHER_ADMIN_TOKEN=hush-hush-hush-hush",
 		"USHER_SOURCE_EU_SIGNING_SECRET=" + secret, "USHER_LOG_LEVEL=debug",
 	}, map[string]string{"USHER_LOG_LEVEL": "warn"})
 	require.NoError(t, err)
@@ -160,6 +160,27 @@ func TestOriginsAndMasks(t *testing.T) {
 	assert.Equal(t, "warn", byName["USHER_LOG_LEVEL"].Value)
 	assert.Equal(t, "flag", byName["USHER_LOG_LEVEL"].Origin)
 	assert.Equal(t, "default", byName["USHER_RETENTION"].Origin)
+}
+
+// TestTokensThatCanBeGuessedOrSentByNobodyAreRefused: also from a file; the problem does not hold the token.
+func TestTokensThatCanBeGuessedOrSentByNobodyAreRefused(t *testing.T) {
+	const enough = "hush-hush-hush-!"
+	require.Len(t, enough, MinTokenLength)
+	for _, name := range []string{"USHER_ADMIN_TOKEN", "USHER_APP_TOKEN"} {
+		_, err := Load(Environ{name + "=" + enough}, nil)
+		require.NoError(t, err)
+		for _, token := range []string{"hush", enough[1:], "hush hush hush hush", enough + "\u00a0", " " + enough, "hush\t" + enough, "hüsh-hüsh-hüsh-hüsh"} {
+			_, err := Load(Environ{name + "=" + token}, nil)
+			require.ErrorContains(t, err, name+": has ", token)
+			assert.NotContains(t, err.Error(), token)
+		}
+		path := filepath.Join(t.TempDir(), "token")
+		require.NoError(t, os.WriteFile(path, []byte("hush\n"), 0o600))
+		_, err = Load(Environ{name + "_FILE=" + path}, nil)
+		require.ErrorContains(t, err, name+": has 4 characters, at least 16 are needed")
+	}
+	_, err := Load(Environ{"USHER_ADMIN_TOKEN=" + enough, "USHER_APP_TOKEN=" + enough}, nil)
+	require.ErrorContains(t, err, "USHER_APP_TOKEN: the same as USHER_ADMIN_TOKEN")
 }
 
 func TestBytes(t *testing.T) {

@@ -186,6 +186,7 @@ func (q *question) ask() *answer {
 type Ops struct {
 	listener net.Listener
 	server   *http.Server
+	routes   []string
 }
 
 // NewOps listens at once, so that a taken port is an error here.
@@ -194,11 +195,16 @@ func NewOps(addr string, health *Health, reg *prometheus.Registry) (*Ops, error)
 	if err != nil {
 		return nil, fmt.Errorf("listen for operations: %w", err)
 	}
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
+	mux, ops := http.NewServeMux(), &Ops{listener: listener}
+	handle := func(pattern string, handler http.HandlerFunc) {
+		mux.HandleFunc(pattern, handler)
+		ops.routes = append(ops.routes, pattern)
+	}
+	// Who asks here has no token: an orchestrator, a metrics collector. So nothing in the answers may be secret or personal.
+	handle("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
 		writeJSON(w, http.StatusOK, map[string]any{"status": "ok"})
 	})
-	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
+	handle("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
 		status, answer := http.StatusOK, map[string]any{"status": "ready"}
 		if problems := health.Problems(); len(problems) > 0 {
 			status, answer = http.StatusServiceUnavailable, map[string]any{"status": "not ready", "problems": problems}
@@ -208,10 +214,11 @@ func NewOps(addr string, health *Health, reg *prometheus.Registry) (*Ops, error)
 		}
 		writeJSON(w, status, answer)
 	})
-	mux.Handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{}))
-	return &Ops{listener: listener, server: &http.Server{
+	handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{}).ServeHTTP)
+	ops.server = &http.Server{
 		Handler: mux, ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute,
-	}}, nil
+	}
+	return ops, nil
 }
 
 // Name implements lifecycle.Service.
@@ -219,6 +226,9 @@ func (o *Ops) Name() string { return "ops" }
 
 // Addr is where the server listens.
 func (o *Ops) Addr() string { return o.listener.Addr().String() }
+
+// Routes are the patterns that the server answers, as [http.ServeMux] has them.
+func (o *Ops) Routes() []string { return o.routes }
 
 // Close gives the listener back where Run is never called. It may be called after Run, and more than once.
 func (o *Ops) Close() { _ = o.listener.Close() }

@@ -64,10 +64,13 @@ type Instance struct {
 	JS       jetstream.JetStream
 	Health   *observe.Health
 	Registry *prometheus.Registry
+	// TokenIsNew reports that State.AdminToken was made by this start, and is to be shown once.
+	TokenIsNew bool
 
 	cfg      Config
 	starting atomic.Pointer[string] // what is waited for: readiness says no
 	lag      *lag.Watch
+	routes   map[string][]string // of every listener, by its URL
 	services []lifecycle.Service
 	closers  lifecycle.Closers
 }
@@ -76,7 +79,7 @@ type Instance struct {
 // then on: for what comes while the database is waited for, the broker is enough. What was opened is closed again when
 // a later step fails. Run does the work; Close must follow.
 func New(ctx context.Context, cfg Config) (_ *Instance, err error) {
-	i := &Instance{cfg: cfg, Registry: observe.NewRegistry(), Health: &observe.Health{}}
+	i := &Instance{cfg: cfg, Registry: observe.NewRegistry(), Health: &observe.Health{}, routes: map[string][]string{}}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, i.Close())
@@ -397,6 +400,8 @@ func (i *Instance) openFront(b brokerAccess) error {
 	i.services = append(i.services, f)
 	i.State.IngestURL = "http://" + reachable(in.Addr()) + "/webhooks/clerk"
 	i.State.OpsURL = "http://" + reachable(ops.Addr())
+	i.routes["http://"+reachable(in.Addr())] = []string{"POST " + ingest.Path, "POST " + ingest.Path + "/{source}"}
+	i.routes[i.State.OpsURL] = ops.Routes()
 	return nil
 }
 
@@ -437,6 +442,7 @@ func (i *Instance) open(b brokerAccess) error {
 		return err
 	}
 	conConfig := console.ConfigFrom(s)
+	conConfig.DataDir = i.cfg.Dir
 	if i.cfg.ClerkSecretKey != "" { // the emulated one, which has no limits
 		conConfig.Sources = []clerk.Source{{Name: s.Source, APIURL: i.cfg.ClerkAPIURL, SecretKey: i.cfg.ClerkSecretKey, Quota: -1}}
 	}
@@ -445,9 +451,11 @@ func (i *Instance) open(b brokerAccess) error {
 		return err
 	}
 	i.closers.Add(func() error { con.Close(); return nil })
+	i.State.AdminToken, i.TokenIsNew = con.MadeToken()
 	i.services = append(i.services, w, rec, con)
 	i.lag.UseDatabase(i.DB)
 	i.State.ConsoleURL = "http://" + reachable(con.Addr())
+	i.routes[i.State.ConsoleURL] = con.Routes()
 	return nil
 }
 

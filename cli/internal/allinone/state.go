@@ -25,6 +25,8 @@ type State struct {
 	IngestURL      string    `json:"ingest_url"` // where to POST webhooks of the default source
 	ConsoleURL     string    `json:"console_url"`
 	OpsURL         string    `json:"ops_url"`
+	// AdminToken is the console's, where none is set and it made one.
+	AdminToken string `json:"admin_token,omitempty"`
 	// Instances are the Clerk instances that the worker holds events to, by source, so that a dry run judges as it does.
 	Instances map[string]string `json:"instances,omitempty"`
 	// Settings are those that dev runs with, secrets masked, for `usher config`; serve writes none.

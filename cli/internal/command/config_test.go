@@ -16,7 +16,7 @@ func TestConfigMasksSecretsAndNamesOrigins(t *testing.T) {
 	t.Parallel()
 	h := newHarness(t, "CLERK_WEBHOOK_SIGNING_SECRET="+fixture.Secret, "CLERK_SECRET_KEY=sk_test_hunter2",
 		"DATABASE_URL=postgres://joe:hunter2@db.example.com/app", "USHER_NATS_URL=nats://joe:hunter2@nats.example.com",
-		"USHER_SOURCE_STAGING_SIGNING_SECRET="+stagingSecret, "USHER_SMTP_URL=smtp://joe:hunter2@mail.example.com", "USHER_ADMIN_TOKEN=hunter2")
+		"USHER_SOURCE_STAGING_SIGNING_SECRET="+stagingSecret, "USHER_SMTP_URL=smtp://joe:hunter2@mail.example.com", "USHER_ADMIN_TOKEN=hunter2-hunter2-hunter2", "USHER_APP_TOKEN=another-hunter2-token")
 	for _, format := range []string{"table", "json", "ndjson"} {
 		r := h.Run("config", "--ingest-addr", ":9999", "--output", format).want(exitOK)
 		for _, secret := range []string{"hunter2", fixture.Secret, stagingSecret} {

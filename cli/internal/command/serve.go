@@ -17,6 +17,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/usherhq/usher/cli/internal/allinone"
+	"github.com/usherhq/usher/console"
 	"github.com/usherhq/usher/ingest"
 	"github.com/usherhq/usher/pkg/config"
 )
@@ -83,6 +84,10 @@ func (c *cli) run(ctx context.Context, cfg allinone.Config, work func(context.Co
 		return err
 	}
 	defer func() { err = errors.Join(err, instance.Close()) }()
+	if cfg.Mode == "serve" && instance.TokenIsNew { // dev shows it with the rest
+		_, _ = fmt.Fprintf(c.env.Stdout, "Log in at the console, a link that is shown this once: %s\nThe token is kept in %s.\n",
+			console.LoginURL(instance.State.ConsoleURL, instance.State.AdminToken), filepath.Join(cfg.Dir, console.TokenFile))
+	}
 	runCtx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
 	worked := make(chan error, 1)
@@ -196,7 +201,11 @@ func banner(w io.Writer, i *allinone.Instance, settings *config.Settings, secret
 	if secret != "" {
 		t.row("signing secret", secret)
 	}
-	t.row("console", i.State.ConsoleURL+"/admin")
+	if i.State.AdminToken != "" {
+		t.row("console", console.LoginURL(i.State.ConsoleURL, i.State.AdminToken))
+	} else {
+		t.row("console", i.State.ConsoleURL+"/admin")
+	}
 	t.row("health, metrics", i.State.OpsURL+"/readyz, /metrics")
 	for _, s := range settings.List() {
 		if s.Name == "USHER_DATABASE_URL" {

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -15,6 +16,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 
+	"github.com/usherhq/usher/console"
 	"github.com/usherhq/usher/pkg/config"
 	"github.com/usherhq/usher/pkg/natstest"
 	"github.com/usherhq/usher/pkg/process"
@@ -26,8 +28,8 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 func TestWrongSettingsAreAllPrinted(t *testing.T) {
 	t.Parallel()
 	var stderr bytes.Buffer
-	assert.Equal(t, process.WrongSettings, process.Run(t.Context(), config.Environ{"USHER_CONSOLE_ADDR=:8081"}, &stderr, program))
-	for _, want := range []string{"console: wrong settings", "USHER_CONSOLE_ADDR", "USHER_NATS_URL"} {
+	assert.Equal(t, process.WrongSettings, process.Run(t.Context(), config.Environ{"USHER_CONSOLE_ADDR=:8081", "USHER_APP_TOKEN=short"}, &stderr, program))
+	for _, want := range []string{"console: wrong settings", "USHER_CONSOLE_ADDR", "USHER_NATS_URL", "USHER_APP_TOKEN: has 5 characters"} {
 		assert.Contains(t, stderr.String(), want)
 	}
 }
@@ -38,20 +40,24 @@ func TestAnswersFromBrokerAndDatabaseUntilItIsStopped(t *testing.T) {
 	_, js := broker.Setup(stream.HandlerSpec{Name: "mirror"})
 	_, err := js.Publish(t.Context(), "clerk.evt.clerk.user.created.user_1", []byte("{}"))
 	require.NoError(t, err)
-	addr, ops := freeAddr(t), freeAddr(t)
+	addr, ops, data := freeAddr(t), freeAddr(t), filepath.Join(t.TempDir(), "data")
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	code := make(chan int, 1)
 	go func() {
 		code <- process.Run(ctx, config.Environ{
 			"USHER_NATS_URL=" + broker.URL(), "USHER_DATABASE_URL=sqlite:" + filepath.Join(t.TempDir(), "usher.db"),
-			"USHER_CONSOLE_ADDR=" + addr, "USHER_OPS_ADDR=" + ops, "USHER_LOG_LEVEL=error",
+			"USHER_CONSOLE_ADDR=" + addr, "USHER_OPS_ADDR=" + ops, "USHER_LOG_LEVEL=error", "USHER_DATA_DIR=" + data,
 		}, &bytes.Buffer{}, program)
 	}()
-	require.Eventually(t, func() bool { return get(t, "http://"+addr+"/api/consumers") != "" }, time.Minute, 20*time.Millisecond)
+	require.Eventually(t, func() bool { // with the token that it made
+		made, err := os.ReadFile(filepath.Join(data, console.TokenFile))
+		return err == nil && get(t, "http://"+addr+"/api/consumers", strings.TrimSpace(string(made))) != ""
+	}, time.Minute, 20*time.Millisecond)
+	assert.Empty(t, get(t, "http://"+addr+"/api/consumers", ""), "without one it is closed")
 	// No worker lives, and that is seen here.
 	require.Eventually(t, func() bool {
-		return strings.Contains(get(t, "http://"+ops+"/metrics"), `usher_consumer_pending{handler="mirror"} 1`)
+		return strings.Contains(get(t, "http://"+ops+"/metrics", ""), `usher_consumer_pending{handler="mirror"} 1`)
 	}, time.Minute, 20*time.Millisecond)
 	cancel()
 	select {
@@ -71,11 +77,14 @@ func freeAddr(t *testing.T) string {
 }
 
 // get returns the body of a 200, else nothing.
-func get(t *testing.T, url string) string {
+func get(t *testing.T, url, token string) string {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
 	require.NoError(t, err)
 	req.Close = true
+	if token != "" {
+		req.Header.Set("Authorization", "Bearer "+token)
+	}
 	res, err := http.DefaultClient.Do(req)
 	if err != nil {
 		return ""
