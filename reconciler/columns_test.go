@@ -77,7 +77,7 @@ func TestAColumnThatWasChangedByHandIsDifferentAndIsHealed(t *testing.T) {
 	t.Parallel()
 	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {
 		w := newWorld(t, db, emulator.APIConfig{})
-		w.tell(150, all)
+		w.tell(70, all)
 		require.Zero(t, w.verify().Drift.Sum())
 		for round := range 2 { // the second finds the same again, whose first events the inbox knows
 			want := map[string]string{}
@@ -156,9 +156,9 @@ func TestManyTimesOfCreationThatWereChangedByHandEndNoSweepAndDeleteNobody(t *te
 	t.Parallel()
 	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {
 		w := newWorld(t, db, emulator.APIConfig{})
-		w.tell(300, all)
+		w.tell(130, all)
 		living := w.living("users")
-		require.Greater(t, len(living), 4*page)
+		require.Greater(t, len(living), 2*page)
 		times := []string{"2026-01-15 10:00:00.0005+00:00"}
 		if !database.IsPostgres(db) {
 			times = append(times, "2026-01-15T10:00:00Z", "soon", "12")

@@ -153,7 +153,7 @@ func TestAnIdleServiceLeavesTheDatabaseAlone(t *testing.T) {
 	group.Go(func() { r.presence.Run(ctx) })
 	defer group.Wait()
 	defer cancel()
-	require.Eventually(t, func() bool { return r.presence.Check() == nil }, 15*time.Second, 10*time.Millisecond)
+	require.Eventually(t, func() bool { return r.presence.Check() == nil }, 60*time.Second, 10*time.Millisecond)
 	var asked int
 	require.NoError(t, db.Callback().Query().After("gorm:query").Register("count", func(*gorm.DB) { asked++ }))
 	s := r.sources[0]
@@ -162,7 +162,7 @@ func TestAnIdleServiceLeavesTheDatabaseAlone(t *testing.T) {
 	}
 	assert.Positive(t, asked)
 	assert.LessOrEqual(t, asked, 5)
-	assert.WithinDuration(t, time.Now().Add(9*time.Minute), s.next, 5*time.Second)
+	assert.WithinDuration(t, time.Now().Add(9*time.Minute), s.next, time.Minute)
 
 	// The time has come: the lease is tried at each look, and the database asked under it only.
 	asked, s.next = 0, time.Now()

@@ -15,14 +15,14 @@ import (
 func TestTheKeyOfAnotherInstancePublishesNothingOfIt(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, dbtest.SQLite(t), emulator.APIConfig{})
-	w.tell(150, all)
+	w.tell(50, all)
 	report, err := w.full(reconciler.Options{})
 	require.NoError(t, err)
 	require.Zero(t, report.Drift.Sum(), report.Items)
 	before := w.counts()
 
 	other := emulator.New(emulator.Config{Seed: 77})
-	for range other.Story(150) {
+	for range other.Story(50) {
 	}
 	w.serve(emulator.APIConfig{Others: map[string]*emulator.Clerk{"sk_test_other": other}})
 	source := w.source()

@@ -31,7 +31,7 @@ func (w *world) runs() []run {
 func emptied(t *testing.T) *world {
 	t.Helper()
 	w := newWorld(t, dbtest.SQLite(t), emulator.APIConfig{})
-	w.tell(300, all)
+	w.tell(80, all)
 	users := w.living("users")
 	left := len(users)
 	for id := range users {

@@ -3,6 +3,7 @@ package reconciler_test
 import (
 	"context"
 	"net/http/httptest"
+	"slices"
 	"testing"
 	"time"
 
@@ -10,6 +11,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.uber.org/zap"
 	"gorm.io/gorm"
+	"gorm.io/gorm/clause"
 
 	"github.com/usherhq/usher/pkg/clerk"
 	"github.com/usherhq/usher/pkg/database"
@@ -129,10 +131,15 @@ func (w *world) deliver(events ...emulator.Event) {
 // apply is the worker's transaction.
 func apply(ctx context.Context, db *gorm.DB, batch []event.Event) error {
 	return database.InTx(ctx, db, func(tx *gorm.DB) error {
-		for i := range batch {
-			err := tx.Exec(`INSERT INTO deliveries (handler, event_id, type, source, origin, status, received_at) VALUES ('mirror', ?, ?, ?, ?, 'processed', ?) ON CONFLICT DO NOTHING`,
-				batch[i].ID, batch[i].Type, batch[i].Source, batch[i].Origin, time.Now().UTC()).Error
-			if err != nil {
+		for events := range slices.Chunk(batch, 500) {
+			rows := make([]map[string]any, len(events))
+			for i := range events {
+				rows[i] = map[string]any{
+					"handler": "mirror", "event_id": events[i].ID, "type": events[i].Type, "source": events[i].Source, "origin": events[i].Origin,
+					"status": "processed", "received_at": time.Now().UTC(),
+				}
+			}
+			if err := tx.Table("deliveries").Clauses(clause.OnConflict{DoNothing: true}).Create(rows).Error; err != nil {
 				return err
 			}
 		}

@@ -19,7 +19,7 @@ func TestInvitationsThatAreNotListedAreNotGone(t *testing.T) {
 	const table = "organization_invitations"
 	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {
 		w := newWorld(t, db, emulator.APIConfig{})
-		w.tell(200, all)
+		w.tell(100, all)
 		before := w.living(table)
 		listed, renamed, lost, n := 0, "", "", 0
 		for o := range w.clerk.Objects(table) {

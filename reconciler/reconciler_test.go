@@ -59,7 +59,7 @@ func TestStartsIsReadyOnceTheStreamIsThereAndStops(t *testing.T) {
 	select {
 	case err := <-done:
 		assert.NoError(t, err)
-	case <-time.After(15 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatal("the reconciler did not stop within 15 s")
 	}
 }

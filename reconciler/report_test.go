@@ -41,7 +41,7 @@ func TestATableThatCannotBeReadKeepsNoOtherFromBeingSwept(t *testing.T) {
 	t.Parallel()
 	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {
 		w := newWorld(t, db, emulator.APIConfig{})
-		w.tell(150, all)
+		w.tell(60, all)
 		removed := map[string]string{}
 		for _, table := range []string{"users", "organization_domains"} {
 			for id := range w.living(table) {

@@ -42,7 +42,7 @@ func TestANewDatabaseBesideTheSameBrokerIsFilled(t *testing.T) {
 	t.Parallel()
 	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {
 		w := newWorld(t, db, emulator.APIConfig{})
-		w.tell(50, nothing)
+		w.tell(25, nothing)
 		opts := reconciler.Options{Kind: reconciler.Backfill}
 		sweeper := w.sweeper() // one process: it remembers what it published
 		empty := w.backup()
@@ -70,7 +70,7 @@ func TestADatabaseTakenBackToABackupIsHealed(t *testing.T) {
 	t.Parallel()
 	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {
 		w := newWorld(t, db, emulator.APIConfig{})
-		w.tell(150, nothing)
+		w.tell(60, nothing)
 		heal := func() *reconciler.Report {
 			report, err := w.full(reconciler.Options{})
 			require.NoError(t, err)
@@ -149,7 +149,7 @@ func TestADeadLetterIsNoLostEvent(t *testing.T) {
 func TestTheServiceFillsANewDatabase(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, dbtest.SQLite(t), emulator.APIConfig{})
-	w.tell(50, nothing)
+	w.tell(25, nothing)
 	_, err := w.sweeper().Reconcile(t.Context(), reconciler.Options{Kind: reconciler.Backfill})
 	require.NoError(t, err)
 	w.settle()

@@ -116,7 +116,7 @@ func (w *world) watcher(change func(*reconciler.Config)) (logs *observer.Observe
 	reg = prometheus.NewRegistry()
 	cfg := reconciler.Config{
 		Sources: []clerk.Source{w.source()}, Poll: 20 * time.Millisecond, Interval: time.Hour, SilenceAfter: 300 * time.Millisecond, SilenceEvery: 30 * time.Millisecond,
-		Sweep: reconciler.SweepConfig{Pause: 10 * time.Millisecond, LeaseTTL: time.Second},
+		Sweep: reconciler.SweepConfig{Pause: 10 * time.Millisecond},
 	}
 	if change != nil {
 		change(&cfg)
@@ -159,17 +159,24 @@ func (w *world) looks(n int) {
 func TestSilenceIsToldOnceAndItsEndToo(t *testing.T) {
 	t.Parallel()
 	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {
-		w := newWorld(t, db, emulator.APIConfig{})
+		// Held while several things change, so that the detector sees them at once.
+		var changing sync.RWMutex
+		w := newWorld(t, db, emulator.APIConfig{Hook: func(*http.Request) {
+			changing.RLock()
+			defer changing.RUnlock()
+		}})
 		w.tell(10, all)
 		before, _ := w.clerk.SignUp()
 		logs, reg, _ := w.watcher(nil)
 		w.looks(20)
 		assert.Empty(t, w.notifications("silence"), "nothing happens at Clerk: no silence")
 
+		changing.Lock()
 		_, events := w.clerk.SignUp() // and no webhook
 		_, _ = w.clerk.SignUp()
 		_, _ = w.clerk.Rename(before)
 		gone, ok := w.clerk.Leave(before)
+		changing.Unlock()
 		require.True(t, ok)
 		w.notified("silence", 1)
 		w.looks(20)

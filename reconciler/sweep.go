@@ -35,8 +35,6 @@ const (
 	overlap = 5 * time.Minute
 	// maxItems bounds the items of a report.
 	maxItems = 10_000
-	// maxRereads is how many objects of one table are read again only because they differ. What differs by the thousand is no moment's lag.
-	maxRereads = 200
 	// maxUnknown is how many rows without an object a sweep asks Clerk for before it takes that for an answer.
 	maxUnknown = 20_000
 	// getters is how many single objects are asked for at once.
@@ -49,8 +47,13 @@ const (
 	clockSkew = time.Minute
 )
 
-// maxCandidates bounds what waits to be looked at again. In tests less may wait.
-var maxCandidates = 2000
+// Tests have less of both.
+var (
+	// maxCandidates bounds what waits to be looked at again.
+	maxCandidates = 2000
+	// maxRereads is how many objects of one table are read again only because they differ. What differs by the thousand is no moment's lag.
+	maxRereads = 200
+)
 
 // stopError ends a run that must not go on: nothing was deleted.
 type stopError string
