@@ -4,6 +4,7 @@ import (
 	"context"
 	"net/http/httptest"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -101,17 +102,20 @@ func (w *world) build(api reconciler.API, log *zap.Logger, change ...func(*recon
 	return reconciler.NewSweeper(cfg, reconciler.SweepDeps{API: api, DB: w.db, JS: w.js, Publisher: publisher, Log: log})
 }
 
-// tell tells a story and applies those of its events that keep says.
+// tell tells a story and applies those of its events that keep says, of the tables that sweeps compare: they are less than half of it.
 func (w *world) tell(users int, keep func(emulator.Event) bool) {
 	w.t.Helper()
 	var events []emulator.Event
 	for e := range w.clerk.Story(users) {
-		if keep(e) {
+		noun, _, _ := strings.Cut(e.Type, ".")
+		if (compared[noun] || strings.HasPrefix(noun, "organization")) && keep(e) {
 			events = append(events, e)
 		}
 	}
 	w.deliver(events...)
 }
+
+var compared = map[string]bool{"user": true, "role": true, "permission": true, "waitlistEntry": true}
 
 func all(emulator.Event) bool { return true }
 
