@@ -14,6 +14,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/usherhq/usher/pkg/event"
+	"github.com/usherhq/usher/pkg/redact"
 	"github.com/usherhq/usher/pkg/stream"
 )
 
@@ -147,6 +148,12 @@ func (s *Service) receive(w http.ResponseWriter, r *http.Request) (event.Event, 
 // Svix would only repeat it for a day, while the worker keeps it as a dead letter.
 func (s *Service) newEvent(h signed, source string, header http.Header, body []byte) event.Event {
 	e, err := event.Decode(body)
+	if !s.cfg.KeepMessages && (err != nil || redact.IsMessage(string(e.Type))) {
+		if kept, message := redact.Message(string(e.Type), body); message {
+			body = kept
+			e, err = event.Decode(body)
+		}
+	}
 	if err != nil || len(e.Type) > maxID || !printable(string(e.Type)) {
 		e = event.Event{Raw: body}
 	}

@@ -16,7 +16,10 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"github.com/usherhq/usher/pkg/event"
+	"github.com/usherhq/usher/pkg/fixture"
 	"github.com/usherhq/usher/pkg/natstest"
+
 	"github.com/usherhq/usher/pkg/stream"
 )
 
@@ -175,6 +178,33 @@ func TestStoredEventHoldsHeadersAndRawBytes(t *testing.T) {
 	assert.Equal(t, "clerk.evt.clerk._._._", m.Subject)
 	assert.Empty(t, m.Header.Values(stream.HeaderTraceParent))
 	assert.Equal(t, "{", string(m.Data))
+}
+
+func TestCodesAreNotStored(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	keeps := setup(t, func(c *Config, _ *Deps) { c.KeepMessages = true })
+	for _, typ := range []string{"email.created", "sms.created"} {
+		body, ok := fixture.Event(typ)
+		require.True(t, ok)
+		require.Contains(t, string(body), "123456")
+		for name, sent := range map[string][]byte{"msg_" + typ: body, "msg_cut_" + typ: body[:len(body)-3]} {
+			require.Equal(t, 202, b.send(delivery{id: name, body: sent}).status)
+			first := b.stored(name)
+			assert.NotContains(t, string(first.Data), "123456", name)
+			require.Equal(t, 202, keeps.send(delivery{id: name, body: sent}).status)
+			assert.Equal(t, sent, keeps.stored(name).Data, name)
+			require.Equal(t, 202, b.send(delivery{id: name + "_again", body: sent}).status)
+			assert.Equal(t, string(first.Data), string(b.stored(name+"_again").Data), "sent again it is the same")
+		}
+		m := b.stored("msg_" + typ)
+		assert.Equal(t, typ, m.Header.Get(stream.HeaderType))
+		e, err := event.Decode(body)
+		require.NoError(t, err)
+		e.Source = "clerk"
+		assert.Equal(t, stream.Subject(&e), m.Subject)
+		assert.Contains(t, string(m.Data), "verification_code")
+	}
 }
 
 func TestDuplicateIsSaidSo(t *testing.T) {

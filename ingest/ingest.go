@@ -2,7 +2,7 @@
 // stream and answers.
 //
 // It guarantees that a 2xx means "on disk" (where the broker syncs always), that the bytes stored are the
-// bytes that were signed, and that a request that was taken is answered, also while the service
+// bytes that were signed, but for the texts and codes of mails and text messages, which are not kept, and that a request that was taken is answered, also while the service
 // stops. It refuses whatever is not signed by a known secret within the last five minutes. It knows no
 // database and no Clerk API, and it never creates a stream: a missing one makes it not ready.
 package ingest
@@ -38,6 +38,8 @@ type Config struct {
 	Sources []Source
 	// AllowUnsynced takes a broker that is known not to sync to disk before it confirms.
 	AllowUnsynced bool
+	// KeepMessages stores mails and text messages with their texts, codes and links.
+	KeepMessages bool
 
 	MaxBody              int64         // 1 MiB; less where the broker takes less
 	MaxInFlight          int           // 1024 verified events being stored at once; 503 beyond
@@ -113,7 +115,7 @@ func (c Config) Validate() error {
 
 // ConfigFrom takes ingest's part of the settings. The error is [config.Problems].
 func ConfigFrom(s *config.Settings) (Config, error) {
-	c := Config{Addr: s.IngestAddr, AllowUnsynced: s.AllowUnsynced}
+	c := Config{Addr: s.IngestAddr, AllowUnsynced: s.AllowUnsynced, KeepMessages: s.KeepMessageBodies}
 	for _, src := range s.Sources {
 		c.Sources = append(c.Sources, Source{Name: src.Name, Secrets: src.SigningSecrets})
 	}

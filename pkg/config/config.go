@@ -59,6 +59,8 @@ type Settings struct {
 	AdminToken  string `env:"USHER_ADMIN_TOKEN" secret:"true" doc:"token of the console and its API, at least 16 characters; where none is set one is made and kept in the data folder, and the console binds to loopback only"`
 	AppToken    string `env:"USHER_APP_TOKEN" secret:"true" doc:"token of applications, at least 16 characters: for GET /api/users/{id}/ensure, nothing else"`
 
+	KeepMessageBodies bool `env:"USHER_KEEP_MESSAGE_BODIES, default=false" doc:"store email.* and sms.* events with their texts, codes and links"`
+
 	SMTPURL         string `env:"USHER_SMTP_URL" secret:"url" doc:"mail server, smtp://user:password@host:port; unset: mail is kept as suppressed"`
 	MailFrom        string `env:"USHER_MAIL_FROM" doc:"sender of mail"`
 	SlackWebhookURL string `env:"USHER_SLACK_WEBHOOK_URL" secret:"true" doc:"Slack incoming webhook for alerts"`

@@ -83,7 +83,7 @@ type Event struct {
 
 	Object Object
 	Data   json.RawMessage // the object, as Clerk sent it
-	Raw    []byte          // the whole body, as it was signed
+	Raw    []byte          // the whole body, as it was signed; of messages without texts and codes
 }
 
 // Object is the head of the object an event carries: what routing and ordering need. A field that
@@ -195,7 +195,7 @@ const MaxID = 255
 // for each resource.
 func objectOf(t Type, data []byte) Object {
 	o := Object{Deleted: t.Deleted()}
-	var userID, createdBy, inviterID, orgID, lastActiveOrg, user, org, publicUserData, payer []byte
+	var userID, createdBy, inviterID, orgID, lastActiveOrg, user, org, publicUserData, payer, template, invitation []byte
 	for name, value := range members(data) {
 		switch string(name) {
 		case "id":
@@ -224,6 +224,10 @@ func objectOf(t Type, data []byte) Object {
 			publicUserData = value
 		case "payer":
 			payer = value
+		case "data":
+			template = value
+		case "invitation":
+			invitation = value
 		}
 	}
 	switch t.Resource() {
@@ -237,11 +241,13 @@ func objectOf(t Type, data []byte) Object {
 		o.UserID = cmp.Or(textIn(publicUserData, "user_id"), text(userID))
 		o.OrgID = cmp.Or(textIn(org, "id"), text(orgID))
 	case "organizationInvitation":
-		o.UserID, o.OrgID = cmp.Or(text(userID), text(inviterID)), text(orgID)
+		o.UserID, o.OrgID = cmp.Or(text(userID), textIn(publicUserData, "user_id"), text(inviterID)), text(orgID)
 	case "subscription", "subscriptionItem", "paymentAttempt":
 		o.UserID, o.OrgID = textIn(payer, "user_id"), textIn(payer, "organization_id")
-	default: // e-mail, SMS, domains, and what Clerk adds tomorrow
-		o.UserID, o.OrgID = text(userID), text(orgID)
+	default: // e-mail, SMS, waitlist entries, domains, and what Clerk adds tomorrow
+		o.UserID = cmp.Or(text(userID), textIn(user, "id"), textIn(publicUserData, "user_id"), textIn(invitation, "user_id"),
+			textIn(template, "user_id"), textIn(valueIn(template, "user"), "id"))
+		o.OrgID = text(orgID)
 	}
 	return o
 }

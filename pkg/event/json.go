@@ -98,11 +98,14 @@ func text(value []byte) string {
 }
 
 // textIn reads a string of an object leniently: what is not an object has none.
-func textIn(object []byte, want string) string {
-	var found string
+func textIn(object []byte, want string) string { return text(valueIn(object, want)) }
+
+// valueIn finds a member of an object, the last of a repeated name. What is not an object has none.
+func valueIn(object []byte, want string) []byte {
+	var found []byte
 	for name, value := range members(object) {
 		if string(name) == want {
-			found = text(value)
+			found = value
 		}
 	}
 	return found

@@ -1,4 +1,5 @@
-// Package redact hides what must not be shown or kept: the secrets in the URLs of settings.
+// Package redact hides what must not be shown or kept: the secrets in the URLs of settings, and what mails and text messages told their
+// receivers.
 //
 // It guarantees that what it does not fully understand is hidden whole. It imports only the standard library, so that every package
 // may use it.

@@ -97,7 +97,7 @@ func rest(e *event.Event) string {
 	return strings.Join([]string{Token(e.Source), Token(e.Type.Resource()), Token(e.Type.Verb()), key}, ".")
 }
 
-// Message makes the message that stores e: the body as it was signed, and what the body does not
+// Message makes the message that stores e: the body as the event has it, and what the body does not
 // say as headers. Every call makes a new one, since publishing writes into a message's headers.
 func Message(e *event.Event) *nats.Msg {
 	msg := nats.NewMsg(Subject(e))

@@ -164,8 +164,8 @@ func short(text string) string {
 type shownLetter struct {
 	deadletter.Entry
 	Headers  map[string]string `json:"headers"`   // of the letter; null where it is gone
-	Body     json.RawMessage   `json:"body"`      // as it was signed; a JSON string where it is no JSON, null where it is gone
-	BodyNote string            `json:"body_note"` // why there is none, or what was masked
+	Body     json.RawMessage   `json:"body"`      // as it was signed, messages redacted; a JSON string where it is no JSON, null where it is gone
+	BodyNote string            `json:"body_note"` // why there is none, or what was redacted
 }
 
 func (c *cli) dlqShow() *cobra.Command {
@@ -175,7 +175,7 @@ func (c *cli) dlqShow() *cobra.Command {
 		Use:   "show ID",
 		Short: "Show one dead letter: why, since when, and its body",
 		Long: "show prints what the log and the letter say of an event that a handler gave up. Of mails and text messages the text, the codes\n" +
-			"and the links are masked. Exit code 1: there is no such dead letter.",
+			"and the links are redacted. Exit code 1: there is no such dead letter.",
 		Example: "  usher dlq show msg_2g7np7Hrk0SN6kj5EDMLDaKNL0S\n  usher dlq show msg_… --handler mirror --output json | jq .error",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {

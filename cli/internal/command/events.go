@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -17,11 +16,11 @@ import (
 
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/spf13/cobra"
-	"github.com/tidwall/gjson"
 	"gorm.io/gorm"
 
 	"github.com/usherhq/usher/pkg/database"
 	"github.com/usherhq/usher/pkg/event"
+	"github.com/usherhq/usher/pkg/redact"
 	"github.com/usherhq/usher/pkg/stream"
 )
 
@@ -325,8 +324,8 @@ type shownEvent struct {
 	// nobody can tell any more.
 	OriginalSeq uint64 `json:"original_seq"`
 
-	Body     json.RawMessage `json:"body"`      // as it was signed; a JSON string where it is no JSON, null where it is gone
-	BodyNote string          `json:"body_note"` // why there is none, or what was masked
+	Body     json.RawMessage `json:"body"`      // as it was signed, messages redacted; a JSON string where it is no JSON, null where it is gone
+	BodyNote string          `json:"body_note"` // why there is none, or what was redacted
 }
 
 func (c *cli) eventsShow() *cobra.Command {
@@ -336,7 +335,7 @@ func (c *cli) eventsShow() *cobra.Command {
 		Use:   "show ID",
 		Short: "Show one event: its deliveries and its body",
 		Long: "show prints what every handler did with an event, and its body as it lies in the stream. Of mails and text messages\n" +
-			"the text, the codes and the links are masked. Exit code 1: there is no such event.",
+			"the text, the codes and the links are redacted. Exit code 1: there is no such event.",
 		Example: "  usher events show msg_2g7np7Hrk0SN6kj5EDMLDaKNL0S\n  usher events show msg_… --output json | jq .body.data",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -453,73 +452,20 @@ func getMsg(ctx context.Context, js jetstream.JetStream, seq uint64) (*jetstream
 	return msg, nil
 }
 
-// messageLike is what a mail or a text message has and other events have not, for bodies that cannot be decoded. Better one
-// body too many is withheld.
-var messageLike = regexp.MustCompile(`(?i)"(email|sms)\.|"object"\s*:\s*"(email|sms_message)"|"(ema|sms)_[0-9a-z]|otp_code|body_plain|magic_link`)
-
-// mask hides what a mail or a text message told its receiver. Other bodies stay as they are. The type is that of the log, empty where
-// the body could not be decoded.
+// mask is a body as it is shown: without what a mail or a text message told its receiver, and why it is not as it was sent. The type is that
+// of the log, empty where the body could not be decoded.
 func mask(t event.Type, body []byte) (json.RawMessage, string) {
-	isJSON, secret := json.Valid(body), hasSecrets(t)
-	if t == "" || !isJSON {
-		secret = secret || hasSecrets(event.Type(gjson.GetBytes(body, "type").String())) || messageLike.Match(body)
+	if hidden, message := redact.Message(string(t), body); message {
+		return hidden, "texts, codes and links are redacted"
 	}
-	switch {
-	case !isJSON && secret:
-		return nil, "withheld: a mail or text message that is no JSON cannot be masked"
-	case !isJSON:
-		text, err := json.Marshal(string(body))
-		if err != nil {
-			return nil, "not shown: " + err.Error()
-		}
-		return text, "no JSON"
-	case !secret:
+	if json.Valid(body) {
 		return body, ""
 	}
-	var envelope map[string]any
-	dec := json.NewDecoder(bytes.NewReader(body))
-	dec.UseNumber()
-	if err := dec.Decode(&envelope); err != nil {
-		return nil, "withheld: it cannot be masked"
-	}
-	data, ok := envelope["data"].(map[string]any)
-	if !ok {
-		envelope["data"] = masked
-	}
-	for _, field := range []string{"body", "body_plain", "message", "subject"} {
-		if data[field] != nil {
-			data[field] = masked
-		}
-	}
-	maskSecrets(data["data"])
-	out, err := json.Marshal(envelope)
+	text, err := json.Marshal(string(body))
 	if err != nil {
-		return nil, "withheld: it cannot be masked"
+		return nil, "not shown: " + err.Error()
 	}
-	return out, "texts, codes and links are masked"
-}
-
-const masked = "(masked)"
-
-// secretKeys are parts of the names under which a template's data holds what opens an account.
-var secretKeys = []string{"otp", "code", "token", "ticket", "link", "action_url", "password"}
-
-func maskSecrets(value any) {
-	switch v := value.(type) {
-	case map[string]any:
-		for key, inner := range v {
-			isSecret := slices.ContainsFunc(secretKeys, func(part string) bool { return strings.Contains(strings.ToLower(key), part) })
-			if isSecret && inner != nil {
-				v[key] = masked
-				continue
-			}
-			maskSecrets(inner)
-		}
-	case []any:
-		for _, inner := range v {
-			maskSecrets(inner)
-		}
-	}
+	return text, "no JSON"
 }
 
 func printEvent(w io.Writer, e shownEvent) error {

@@ -7,7 +7,6 @@ import (
 
 	"gorm.io/gorm"
 
-	"github.com/usherhq/usher/pkg/event"
 	"github.com/usherhq/usher/pkg/stream"
 )
 
@@ -102,6 +101,3 @@ func typeText(t string) string {
 	}
 	return t
 }
-
-// hasSecrets tells whether an event's body carries what a person was sent: codes, links, the text of a mail.
-func hasSecrets(t event.Type) bool { return t.Resource() == "email" || t.Resource() == "sms" }
