@@ -67,8 +67,13 @@ func TestEverythingWorksThroughAPoolerInTheRightSchema(t *testing.T) {
 
 		// The same statements from many goroutines meet on few sessions.
 		upsert := &database.Upsert{Table: "deliveries", Conflict: []string{"handler", "source", "event_id"}, Columns: []database.Column{
-			{Name: "handler", Type: "text"}, {Name: "event_id", Type: "text"}, {Name: "type", Type: "text"}, {Name: "source", Type: "text"},
-			{Name: "origin", Type: "text"}, {Name: "status", Type: "text"}, {Name: "received_at", Type: "timestamptz"},
+			{Name: "handler", Type: "text"},
+			{Name: "event_id", Type: "text"},
+			{Name: "type", Type: "text"},
+			{Name: "source", Type: "text"},
+			{Name: "origin", Type: "text"},
+			{Name: "status", Type: "text"},
+			{Name: "received_at", Type: "timestamptz"},
 		}}
 		const workers, rounds = 12, 10
 		failed := make(chan error, workers)
@@ -182,7 +187,7 @@ func TestARefusalOfAPoolerIsRecognizedAndNamed(t *testing.T) {
 	require.NoError(t, open(nil))
 	require.NoError(t, open(nil, "statement_timeout=7s", "pgbouncer=true"))
 
-	for _, parameter := range []string{"statment_timeout=5s", "statement_timeout=soon", "shared_buffers=1GB", "options=-c%20search_path%3Dpublic"} {
+	for _, parameter := range []string{"no_such_setting=5s", "statement_timeout=soon", "shared_buffers=1GB", "options=-c%20search_path%3Dpublic"} {
 		name, _, _ := strings.Cut(parameter, "=")
 		err := open(nil, parameter)
 		require.ErrorIs(t, err, database.ErrUnusable, parameter)

@@ -255,7 +255,7 @@ func (u *pgURL) decisive(err error) (pg *pgconn.PgError, refusal error) {
 // causes are the parts of a joined error.
 func causes(err error) []error {
 	for e := err; e != nil; e = errors.Unwrap(e) {
-		if joined, ok := e.(interface{ Unwrap() []error }); ok { //nolint:errorlint // each layer is looked at
+		if joined, ok := e.(interface{ Unwrap() []error }); ok {
 			var all []error
 			for _, part := range joined.Unwrap() {
 				all = append(all, causes(part)...)

@@ -223,7 +223,7 @@ func TestExecModes(t *testing.T) {
 
 func TestAParameterThatTheServerRefusesEndsTheStart(t *testing.T) {
 	t.Parallel()
-	for name, value := range map[string]string{"statment_timeout": "5s", "statement_timeout": "soon", "shared_buffers": "1GB"} {
+	for name, value := range map[string]string{"no_such_setting": "5s", "statement_timeout": "soon", "shared_buffers": "1GB"} {
 		_, err := database.Open(t.Context(), withParameter(t, dbtest.EmptyPostgresURL(t), name, value), dbtest.Schema)
 		require.ErrorIs(t, err, database.ErrUnusable)
 		require.ErrorContains(t, err, name)

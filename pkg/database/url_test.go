@@ -41,7 +41,7 @@ func awaited(t *testing.T, address string) ([]string, error) {
 			lines = append(lines, entry.Message)
 		}
 	}
-	return lines, err //nolint:wrapcheck // the test looks at it
+	return lines, err
 }
 
 // The URLs that vendors print and other clients read. What belongs to those is ignored, and told once.
@@ -113,7 +113,7 @@ func TestWhatWaitingCannotCureEndsTheStart(t *testing.T) {
 		"channel_binding=sometimes":        "channel_binding in DATABASE_URL is not valid",
 		"target_session_attrs=nice":        "target_session_attrs in DATABASE_URL is not valid",
 		"default_query_exec_mode=exec":     `default_query_exec_mode="exec" in DATABASE_URL`,
-		"statment_timeout=5s":              "statment_timeout",
+		"no_such_setting=5s":               "no_such_setting",
 		"statement_timeout=soon":           "statement_timeout",
 		"shared_buffers=1GB":               "shared_buffers",
 		"channel_binding=require":          "channel binding",
