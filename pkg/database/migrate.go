@@ -35,17 +35,21 @@ func Migrate(ctx context.Context, db *gorm.DB) ([]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("migrate database: %w", err)
 	}
-	if _, err := Pending(ctx, db); err != nil { // a newer database is refused before anything is touched
+	pending, err := Pending(ctx, db)
+	if err != nil { // a newer database is refused before anything is touched
 		return nil, err
 	}
+	if len(pending) == 0 {
+		return nil, nil
+	}
 	if d, ok := db.Dialector.(pgDialector); ok {
-		return migratePostgres(ctx, pool, d.schema)
+		return migratePostgres(ctx, pool, d)
 	}
 	return migrateSQLite(ctx, db, pool)
 }
 
-func migratePostgres(ctx context.Context, pool *sql.DB, schema string) ([]string, error) {
-	if err := createSchema(ctx, pool, schema); err != nil {
+func migratePostgres(ctx context.Context, pool *sql.DB, d pgDialector) ([]string, error) {
+	if err := createSchema(ctx, pool, d.schema); err != nil {
 		return nil, err
 	}
 	provider, err := goose.NewProvider(goose.DialectPostgres, pool, sub("postgres"), goose.WithDisableGlobalRegistry(true))
@@ -58,8 +62,18 @@ func migratePostgres(ctx context.Context, pool *sql.DB, schema string) ([]string
 		return nil, err
 	}
 	defer func() { _ = lock.Rollback() }()
+	if d.connector.pooled.Load() {
+		second, cancel := context.WithTimeout(ctx, secondSession)
+		defer cancel()
+		if err := pool.PingContext(second); err != nil && ctx.Err() == nil && second.Err() != nil {
+			return nil, unusable("the pooler in front of PostgreSQL gave no second session within %s, and migrations need two at a time: raise its pool size (PgBouncer: default_pool_size)", secondSession)
+		}
+	}
 	return up(ctx, provider)
 }
+
+// secondSession is how long a pooler may take to give a session while others have them all.
+const secondSession = 10 * time.Second
 
 // lockPoll is how often a lock that another process holds is asked for.
 const lockPoll = 100 * time.Millisecond

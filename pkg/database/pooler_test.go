@@ -214,3 +214,12 @@ func TestAPoolerWithoutItsServerIsWaitedFor(t *testing.T) {
 		return err == nil && database.Close(db) == nil
 	}, time.Minute, 10*time.Millisecond)
 }
+
+// Migrations need two sessions at a time. A pooler that has one is named, instead of waited for.
+func TestAPoolerWithOneSessionIsNamed(t *testing.T) {
+	t.Parallel()
+	db := dbtest.Open(t, dbtest.PgBouncer(t, dbtest.EmptyPostgresURL(t), "pool_mode = transaction", "default_pool_size = 1"))
+	_, err := database.Migrate(t.Context(), db)
+	require.ErrorIs(t, err, database.ErrUnusable)
+	require.ErrorContains(t, err, "default_pool_size")
+}
