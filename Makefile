@@ -24,6 +24,8 @@ OUTAGE    ?= 2m
 USERS     ?= 100000
 CUTS      ?= 10
 FREEZE    ?= 20s
+FLOOD     ?= 22000
+FILES     ?= 1024
 
 .PHONY: help
 help: ## print this list
@@ -109,6 +111,10 @@ powercut: ## cut the power CUTS (10) times under serve, its database, and three 
 	@[ -w /dev/fuse ] && [ "$$(id -u)" -eq 0 ] || { echo "make powercut mounts a disk of its own: it needs Linux, /dev/fuse and root" >&2; exit 1; }
 	@./scripts/need postgres
 	USHER_POWER_CUTS=$(CUTS) go test -count=1 -timeout 60m -v -run 'PowerCut|ProcessesSeeTheDisk' ./cli/e2e/...
+
+.PHONY: flood
+flood: ## FLOOD (22000) silent, slow and forging connections against a serve that may open FILES (1024), while signed deliveries come
+	USHER_FLOOD=$(FLOOD) USHER_FLOOD_DESCRIPTORS=$(FILES) go test -count=1 -timeout 20m -v -run StrangersDoNoHarm ./cli/e2e/
 
 .PHONY: backfill
 backfill: ## backfill USERS (100000) users within production limits, killed four times on the way, on both databases

@@ -15,6 +15,7 @@ import (
 	"io/fs"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -28,6 +29,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/usherhq/usher/pkg/config"
+	"github.com/usherhq/usher/pkg/listen"
 )
 
 // TokenFile is the file in the data folder that keeps the admin token which was made because none was set.
@@ -69,6 +71,7 @@ type access struct {
 	cookie     string
 	wrong      *rate.Limiter
 	refusals   *prometheus.CounterVec
+	trusted    []netip.Prefix // proxies
 	log        *zap.Logger
 }
 
@@ -76,8 +79,9 @@ func newAccess(cfg Config, addr net.Addr, deps Deps, log *zap.Logger) *access {
 	_, port, _ := net.SplitHostPort(addr.String())
 	a := &access{
 		admin: sha256.Sum256([]byte(cfg.AdminToken)), app: sha256.Sum256([]byte(cfg.AppToken)), hasApp: cfg.AppToken != "",
-		cookie: "usher_session_" + port, // a browser sends the cookies of a host to all of its ports
-		wrong:  rate.NewLimiter(rate.Every(wrongEvery), wrongBurst),
+		cookie:  "usher_session_" + port, // a browser sends the cookies of a host to all of its ports
+		trusted: cfg.TrustedProxies,
+		wrong:   rate.NewLimiter(rate.Every(wrongEvery), wrongBurst),
 		refusals: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "usher_console_refusals_total", Help: "Requests to the console that were refused for want of a right token, by reason.",
 		}, []string{"reason"}),
@@ -181,8 +185,7 @@ func (a *access) refused(r *http.Request, reason string) {
 	if reason != refusedWrong {
 		return
 	}
-	host, _, _ := net.SplitHostPort(r.RemoteAddr)
-	a.log.Warn("wrong token refused: see usher_console_refusals_total for how many", zap.String("remote_addr", host))
+	a.log.Warn("wrong token refused: see usher_console_refusals_total for how many", zap.String("remote_addr", listen.Remote(r, a.trusted)))
 	turn := a.wrong.Reserve()
 	delay := turn.Delay()
 	if delay > wrongDelay {
@@ -221,6 +224,9 @@ func (c *Console) guard(routes []route) http.Handler {
 			return
 		}
 		who, reason := c.access.caller(r)
+		if who != anyone {
+			listen.Known(r)
+		}
 		switch {
 		case who >= need:
 			mux.ServeHTTP(w, r)

@@ -10,8 +10,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"path/filepath"
 	"sync"
@@ -25,6 +25,7 @@ import (
 	"github.com/usherhq/usher/pkg/clerk"
 	"github.com/usherhq/usher/pkg/config"
 	"github.com/usherhq/usher/pkg/database"
+	"github.com/usherhq/usher/pkg/listen"
 	"github.com/usherhq/usher/pkg/observe"
 	"github.com/usherhq/usher/pkg/stream"
 )
@@ -47,13 +48,15 @@ type Config struct {
 	AdminToken string // empty: one is made and kept in DataDir, and Addr must be a loopback address
 	AppToken   string // of applications, for `ensure` only; empty: none
 	DataDir    string // keeps the token that is made
-	Source     string // that a user is looked for in where the request names none
-	Sources    []clerk.Source
+	// TrustedProxies are believed who their senders are, which only the log says.
+	TrustedProxies []netip.Prefix
+	Source         string // that a user is looked for in where the request names none
+	Sources        []clerk.Source
 }
 
 // ConfigFrom takes the console's part of the settings.
 func ConfigFrom(s *config.Settings) Config {
-	return Config{Addr: s.ConsoleAddr, AdminToken: s.AdminToken, AppToken: s.AppToken, DataDir: s.DataDir, Source: s.Source, Sources: clerk.SourcesFrom(s)}
+	return Config{Addr: s.ConsoleAddr, AdminToken: s.AdminToken, AppToken: s.AppToken, DataDir: s.DataDir, TrustedProxies: s.TrustedProxies, Source: s.Source, Sources: clerk.SourcesFrom(s)}
 }
 
 // Validate names every setting that is missing or wrong. The error is config.Problems.
@@ -79,7 +82,7 @@ type Console struct {
 	js       jetstream.JetStream
 	db       *gorm.DB // may be nil
 	log      *zap.Logger
-	listener net.Listener
+	listener *listen.Listener
 	server   *http.Server
 	presence *stream.Presence
 	database *database.Watch // nil without a database
@@ -106,10 +109,10 @@ func New(cfg Config, deps Deps) (*Console, error) {
 	if err != nil {
 		return nil, fmt.Errorf("start %s: %w", Name, err)
 	}
-	listener, err := net.Listen("tcp", cfg.Addr)
+	listener, err := listen.Open(cfg.Addr, listen.Options{Name: Name, Share: 8, Most: 256, Trusted: cfg.TrustedProxies, Log: log, Registerer: deps.Registerer})
 	if err != nil {
 		ensurer.Close()
-		return nil, fmt.Errorf("start %s: listen: %w", Name, err)
+		return nil, fmt.Errorf("start %s: %w", Name, err)
 	}
 	c := &Console{
 		cfg: cfg, js: deps.JetStream, db: deps.DB, log: log, listener: listener, ensurer: ensurer,
@@ -121,6 +124,7 @@ func New(cfg Config, deps Deps) (*Console, error) {
 		WriteTimeout: writeTimeout, IdleTimeout: time.Minute, MaxHeaderBytes: maxHeader,
 		ErrorLog: zap.NewStdLog(log),
 	}
+	listener.Attach(c.server)
 	deps.Health.Add(Name, c.presence.Check)
 	if c.db != nil {
 		c.database = database.NewWatch(c.db)

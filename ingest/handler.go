@@ -1,6 +1,7 @@
 package ingest
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -14,6 +15,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/usherhq/usher/pkg/event"
+	"github.com/usherhq/usher/pkg/listen"
 	"github.com/usherhq/usher/pkg/redact"
 	"github.com/usherhq/usher/pkg/stream"
 )
@@ -80,8 +82,17 @@ var refusals = map[result]refusal{
 // ServeHTTP answers one delivery. A 202 means that the event is on disk.
 func (s *Service) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	start := time.Now()
-	e, res := s.receive(w, r)
+	e, res, read := s.receive(w, r)
 	if refused, ok := refusals[res]; ok {
+		if !read && r.ContentLength != 0 {
+			refused.hangUp = true
+			// Without a limit, net/http waits for the rest of the body before it closes the connection.
+			limit := time.Now()
+			if refused.status/100 == 4 && res != bodyTimeout {
+				limit = limit.Add(afterRefusal)
+			}
+			_ = http.NewResponseController(w).SetReadDeadline(limit)
+		}
 		refuse(w, res, refused)
 	} else {
 		writeJSON(w, http.StatusAccepted, struct {
@@ -93,55 +104,75 @@ func (s *Service) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.metrics.duration.Observe(time.Since(start).Seconds())
 }
 
-// receive does the work of one request, in the order of the contract: method, source, headers, size,
-// timestamp, signature, broker. What costs most comes last, and nothing is stored before all of it.
-func (s *Service) receive(w http.ResponseWriter, r *http.Request) (event.Event, result) {
-	below, ok := strings.CutPrefix(r.URL.Path, Path)
-	name := strings.TrimPrefix(below, "/")
-	switch {
-	case !ok, below != "" && (name == "" || len(name) == len(below)), strings.Contains(name, "/"):
-		return event.Event{}, notFound
-	case r.Method != http.MethodPost:
-		return event.Event{}, methodNotAllowed
-	case name == "":
-		name = s.cfg.Sources[0].Name
-	}
-	source, ok := s.sources[name]
-	if !ok {
-		return event.Event{}, unknownSource
-	}
-	if s.stopping.Load() {
-		return event.Event{}, shuttingDown
-	}
-	headers, res := readHeaders(r.Header)
-	if res != "" {
-		return event.Event{}, s.refused(res, name)
-	}
+// afterRefusal is how long a body that is not wanted may still come: a sender that sends it without looking then gets its answer.
+const afterRefusal = 500 * time.Millisecond
 
+// receive does the work of one request, in the order of the contract: method, source, headers, announced size,
+// timestamp, the signature's form, and only then the body, the signature and the broker. What costs most comes last, and
+// nothing is stored before all of it. read reports whether the body was read to its end.
+func (s *Service) receive(w http.ResponseWriter, r *http.Request) (_ event.Event, _ result, read bool) {
+	source, name, headers, res := s.judge(r)
+	if res != "" {
+		return event.Event{}, s.refused(res, name, r), false
+	}
 	s.metrics.inFlight.Inc()
 	defer s.metrics.inFlight.Dec()
-	room := reservation{budget: &s.bodyBytes, limit: s.cfg.MaxBodyBytesInFlight, large: s.large, wait: s.cfg.roomWait}
-	defer room.release()
-	body, res := s.readBody(w, r, &room)
-	if res != "" {
-		return event.Event{}, s.refused(res, name)
+	room, res := s.bodies.begin(http.NewResponseController(w), firstSize(r))
+	defer s.bodies.done(room)
+	var body []byte
+	if res == "" {
+		body, res = s.readBody(r, room)
 	}
-	if !inTime(headers.seconds, s.deps.Now()) {
-		return event.Event{}, s.refused(outOfTolerance, name)
+	if res != "" {
+		return event.Event{}, s.refused(res, name, r), false
 	}
 	if !source.matches(headers, body) {
-		return event.Event{}, s.refused(signatureMismatch, name)
+		return event.Event{}, s.refused(signatureMismatch, name, r), true
 	}
 
 	// From here on the request is known to be Clerk's: a stranger cannot take the places of its deliveries.
+	listen.Known(r)
 	select {
 	case s.slots <- struct{}{}:
 		defer func() { <-s.slots }()
 	default:
-		return event.Event{}, s.refused(overloaded, name)
+		return event.Event{}, s.refused(overloaded, name, r), true
 	}
 	e := s.newEvent(headers, name, r.Header, body)
-	return e, s.publish(r.Context(), &e)
+	return e, s.publish(r.Context(), &e), true
+}
+
+// judge looks at all that is known of a request before its body. name is the source's, as far as it is known.
+func (s *Service) judge(r *http.Request) (source verifier, name string, headers signed, res result) {
+	below, ok := strings.CutPrefix(r.URL.Path, Path)
+	name = strings.TrimPrefix(below, "/")
+	switch {
+	case !ok, below != "" && (name == "" || len(name) == len(below)), strings.Contains(name, "/"):
+		return nil, "", headers, notFound
+	case r.Method != http.MethodPost:
+		return nil, "", headers, methodNotAllowed
+	case name == "":
+		name = s.cfg.Sources[0].Name
+	}
+	source, ok = s.sources[name]
+	if !ok {
+		return nil, "", headers, unknownSource
+	}
+	if s.stopping.Load() {
+		return nil, name, headers, shuttingDown
+	}
+	if headers, res = readHeaders(r.Header); res != "" {
+		return nil, name, headers, res
+	}
+	switch {
+	case r.ContentLength > s.maxBody():
+		res = bodyTooLarge
+	case !inTime(headers.seconds, s.deps.Now()):
+		res = outOfTolerance
+	case !headers.wellFormed():
+		res = signatureMismatch
+	}
+	return source, name, headers, res
 }
 
 // newEvent makes an event of a verified body. A body that cannot be decoded becomes one without a type:
@@ -208,39 +239,38 @@ func publishFailure(err error) result {
 }
 
 // refused logs a refusal before the event's id is known to be true; so it is not logged.
-func (s *Service) refused(res result, source string) result {
-	s.log.Warn("request refused", zap.String("reason", string(res)), zap.String("source", source))
+func (s *Service) refused(res result, source string, r *http.Request) result {
+	s.log.Warn("request refused", zap.String("reason", string(res)), zap.String("source", source),
+		zap.String("remote_addr", listen.Remote(r, s.cfg.TrustedProxies)))
 	return res
 }
 
-// Sizes of a body's buffer: what is announced up to announced bytes is allocated at once, the rest as it comes.
-const (
-	announced = 64 << 10
-	firstRead = 8 << 10
-)
-
-// readBody reads the whole body, no more than the broker takes. The time limit is the server's ReadTimeout;
-// while the service stops, it is cut short so that the sender still gets its answer.
-func (s *Service) readBody(w http.ResponseWriter, r *http.Request, room *reservation) ([]byte, result) {
-	limit := s.maxBody()
-	if r.ContentLength > limit {
-		return nil, bodyTooLarge
-	}
-	defer s.slow.add(http.NewResponseController(w))()
-	size, last := int64(firstRead), limit+1
+// firstSize is the size of the buffer with which a body begins.
+func firstSize(r *http.Request) int64 {
 	if r.ContentLength >= 0 {
-		size, last = min(r.ContentLength, announced), r.ContentLength
+		return min(r.ContentLength, firstRead)
 	}
-	if !room.grow(size) {
-		return nil, overloaded
+	return firstRead
+}
+
+// readBody reads the whole body, no more than the broker takes. The time limits are the server's ReadTimeout and those of [bodies]; while
+// the service stops, they are cut short so that the sender still gets its answer.
+func (s *Service) readBody(r *http.Request, room *body) ([]byte, result) {
+	defer s.bodies.read(room)
+	limit := s.maxBody()
+	size, last := firstSize(r), limit+1
+	if r.ContentLength >= 0 {
+		last = r.ContentLength
 	}
 	buf := make([]byte, 0, size)
+	var told int64 // of what has arrived
 	for int64(len(buf)) < last {
 		if len(buf) == cap(buf) {
 			size = min(2*size, last)
-			if !room.grow(size) {
-				return nil, overloaded
+			if res := s.bodies.grow(room, int64(len(buf))-told, size); res != "" {
+				return nil, res
 			}
+			told = int64(len(buf))
 			buf = append(make([]byte, 0, size), buf...)
 		}
 		n, err := r.Body.Read(buf[len(buf):cap(buf)])
@@ -251,10 +281,10 @@ func (s *Service) readBody(w http.ResponseWriter, r *http.Request, room *reserva
 		case errors.Is(err, io.EOF) && (r.ContentLength < 0 || int64(len(buf)) == r.ContentLength):
 			return buf, ""
 		case err == nil:
-		case errors.Is(err, os.ErrDeadlineExceeded) && s.stopping.Load():
-			return nil, shuttingDown
+			s.bodies.arrived(room, int64(len(buf))-told)
+			told = int64(len(buf))
 		case errors.Is(err, os.ErrDeadlineExceeded):
-			return nil, bodyTimeout
+			return nil, cmp.Or(s.bodies.why(room), bodyTimeout)
 		default:
 			return nil, badRequest
 		}

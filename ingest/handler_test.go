@@ -244,7 +244,7 @@ func TestUnannouncedBodies(t *testing.T) {
 		r.Body, r.ContentLength = io.NopCloser(bytes.NewReader(body)), -1
 		assert.Equal(t, status, b.do(r).status, "%d bytes", size)
 	}
-	assert.Zero(t, b.bodyBytes.Load())
+	assert.Zero(t, b.bodies.used)
 }
 
 func TestBodyLimitFollowsTheBroker(t *testing.T) {

@@ -12,8 +12,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -27,6 +27,7 @@ import (
 
 	"github.com/usherhq/usher/pkg/config"
 	"github.com/usherhq/usher/pkg/event"
+	"github.com/usherhq/usher/pkg/listen"
 	"github.com/usherhq/usher/pkg/observe"
 	"github.com/usherhq/usher/pkg/stream"
 )
@@ -40,11 +41,14 @@ type Config struct {
 	AllowUnsynced bool
 	// KeepMessages stores mails and text messages with their texts, codes and links.
 	KeepMessages bool
+	// TrustedProxies are believed who their senders are, which only the log says.
+	TrustedProxies []netip.Prefix
 
 	MaxBody              int64         // 1 MiB; less where the broker takes less
 	MaxInFlight          int           // 1024 verified events being stored at once; 503 beyond
 	MaxBodyBytesInFlight int64         // 64 MiB of bodies in memory; 503 beyond
-	roomWait             time.Duration // 2 s; how long a large body waits for others to be stored
+	roomWait             time.Duration // 2 s; how long a body waits for the room of others
+	bodyPatience         time.Duration // 3 s; how long a body may be slower than 16 KiB/s
 	HeaderTimeout        time.Duration // 5 s to send the headers
 	BodyTimeout          time.Duration // 10 s to send the whole request
 	IdleTimeout          time.Duration // 2 min between two requests of one connection
@@ -66,6 +70,7 @@ func (c Config) withDefaults() Config {
 	c.MaxInFlight = cmp.Or(c.MaxInFlight, 1024)
 	c.MaxBodyBytesInFlight = cmp.Or(c.MaxBodyBytesInFlight, 64<<20)
 	c.roomWait = cmp.Or(c.roomWait, roomWait)
+	c.bodyPatience = cmp.Or(c.bodyPatience, bodyPatience)
 	c.HeaderTimeout = cmp.Or(c.HeaderTimeout, 5*time.Second)
 	c.BodyTimeout = cmp.Or(c.BodyTimeout, 10*time.Second)
 	c.IdleTimeout = cmp.Or(c.IdleTimeout, 2*time.Minute)
@@ -115,7 +120,7 @@ func (c Config) Validate() error {
 
 // ConfigFrom takes ingest's part of the settings. The error is [config.Problems].
 func ConfigFrom(s *config.Settings) (Config, error) {
-	c := Config{Addr: s.IngestAddr, AllowUnsynced: s.AllowUnsynced, KeepMessages: s.KeepMessageBodies}
+	c := Config{Addr: s.IngestAddr, AllowUnsynced: s.AllowUnsynced, KeepMessages: s.KeepMessageBodies, TrustedProxies: s.TrustedProxies}
 	for _, src := range s.Sources {
 		c.Sources = append(c.Sources, Source{Name: src.Name, Secrets: src.SigningSecrets})
 	}
@@ -150,16 +155,14 @@ type Service struct {
 	deps     Deps
 	log      *zap.Logger
 	sources  map[string]verifier
-	listener net.Listener
+	listener *listen.Listener
 	broker   broker
 	metrics  metrics
 
-	slots     chan struct{}
-	bodyBytes atomic.Int64
-	large     largeBodies
-	slow      slowBodies
-	stopping  atomic.Bool
-	verified  atomic.Bool // the broker is not one that must be refused
+	slots    chan struct{}
+	bodies   bodies
+	stopping atomic.Bool
+	verified atomic.Bool // the broker is not one that must be refused
 }
 
 // New opens the listener; it serves once Run is called. Run, or else Close, closes it.
@@ -171,7 +174,9 @@ func New(cfg Config, deps Deps) (*Service, error) {
 	if err != nil {
 		return nil, err
 	}
-	if s.listener, err = net.Listen("tcp", s.cfg.Addr); err != nil {
+	if s.listener, err = listen.Open(s.cfg.Addr, listen.Options{
+		Name: s.Name(), Share: 3, Most: 4096, Trusted: s.cfg.TrustedProxies, Log: s.deps.Logger.With(zap.String("service", s.Name())), Registerer: deps.Registerer,
+	}); err != nil {
 		return nil, fmt.Errorf("listen for webhooks: %w", err)
 	}
 	if deps.Health != nil {
@@ -206,7 +211,10 @@ func newService(cfg Config, deps Deps) (*Service, error) {
 	}
 	s.verified.Store(deps.Durability == nil || deps.JetStream == nil)
 	s.slots = make(chan struct{}, s.cfg.MaxInFlight)
-	s.large = make(largeBodies, max(1, s.cfg.MaxBodyBytesInFlight/2/(s.cfg.MaxBody+perRequest)))
+	s.bodies = bodies{
+		limit: s.cfg.MaxBodyBytesInFlight, places: int(max(1, s.cfg.MaxBodyBytesInFlight/2/(s.cfg.MaxBody+perRequest))),
+		wait: s.cfg.roomWait, patience: s.cfg.bodyPatience,
+	}
 	s.broker.js, s.broker.source = deps.JetStream, s.cfg.Sources[0].Name
 	var err error
 	s.metrics, err = newMetrics(deps.Registerer)
@@ -260,6 +268,7 @@ func (s *Service) Run(ctx context.Context) error {
 		DisableGeneralOptionsHandler: true,
 		ErrorLog:                     zap.NewStdLog(zap.NewNop()),
 	}
+	s.listener.Attach(server)
 	probing, stopProbing := context.WithCancel(context.WithoutCancel(ctx))
 	probed := make(chan struct{})
 	ctx, refuse := context.WithCancelCause(ctx)
@@ -268,6 +277,7 @@ func (s *Service) Run(ctx context.Context) error {
 		defer close(probed)
 		var both sync.WaitGroup
 		both.Go(func() { s.watchDurability(probing, refuse) })
+		both.Go(func() { s.bodies.watch(probing) })
 		s.broker.watch(probing)
 		both.Wait()
 	}()
@@ -286,7 +296,7 @@ func (s *Service) Run(ctx context.Context) error {
 		select {
 		case <-served:
 		case <-time.After(s.cfg.Grace - s.cfg.PublishTimeout):
-			s.slow.cut()
+			s.bodies.stop()
 		}
 	})()
 	err := observe.Serve(ctx, server, s.listener, s.cfg.Grace)

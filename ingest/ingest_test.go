@@ -189,13 +189,21 @@ func TestLeastPrivilege(t *testing.T) {
 	require.NoError(t, <-ended)
 }
 
+// wellFormed is a signature that only a look at the body can refuse.
+var wellFormed = "v1," + strings.Repeat("A", 43) + "="
+
+// unsigned is the head of a stranger's request, without what says how long its body is.
+func unsigned(at time.Time, signature string) string {
+	return "POST " + Path + " HTTP/1.1\r\nHost: x\r\nsvix-id: msg_1\r\nsvix-timestamp: " + itoa(at) + "\r\nsvix-signature: " + signature + "\r\n"
+}
+
 func TestSlowSendersAreCutOff(t *testing.T) {
 	t.Parallel()
 	b := setup(t, func(c *Config, _ *Deps) {
 		c.HeaderTimeout, c.BodyTimeout, c.IdleTimeout = 200*time.Millisecond, 400*time.Millisecond, 300*time.Millisecond
 	})
 	head := func(length string) string {
-		return "POST " + Path + " HTTP/1.1\r\nHost: x\r\nsvix-id: msg_1\r\nsvix-timestamp: 1\r\nsvix-signature: v1,x\r\n" + length + "\r\n\r\n"
+		return unsigned(time.Now(), wellFormed) + length + "\r\n\r\n"
 	}
 	talk := func(first, drop string) (string, time.Duration) {
 		conn, err := net.Dial("tcp", b.Addr())
@@ -242,6 +250,8 @@ func TestSlowSendersAreCutOff(t *testing.T) {
 		"header over 16 KiB":           {"POST /webhooks/clerk HTTP/1.1\r\nHost: x\r\na: " + strings.Repeat("b", 17<<10) + "\r\n\r\n", "", "431"},
 		"not HTTP":                     {"\x16\x03\x01\x02\x00\r\n\r\n", "", "400"},
 		"refused before a slow body":   {strings.Replace(head("Content-Length: 10"), Path, "/", 1), "", "404"},
+		"old before a slow body":       {unsigned(time.Now().Add(-time.Hour), wellFormed) + "Content-Length: 10\r\n\r\n", "", "401"},
+		"forged before a slow body":    {unsigned(time.Now(), "v1,x") + "Content-Length: 10\r\n\r\n", "x", "401"},
 		"two lengths":                  {head("Content-Length: 1\r\nContent-Length: 2"), "", "400"},
 		"announced larger than it may": {head("Content-Length: 99999999999"), "", "413"},
 	} {
@@ -315,7 +325,7 @@ func TestBodiesInMemoryAreBounded(t *testing.T) {
 	<-p.entered
 	close(p.leave)
 	group.Wait()
-	assert.Zero(t, b.bodyBytes.Load())
+	assert.Zero(t, b.bodies.used)
 }
 
 func TestABurstOfLargeBodiesWaitsForRoom(t *testing.T) {
@@ -329,8 +339,8 @@ func TestABurstOfLargeBodiesWaitsForRoom(t *testing.T) {
 	}
 	group.Wait()
 	assert.EqualValues(t, 20, b.count())
-	assert.Zero(t, b.bodyBytes.Load())
-	assert.Empty(t, b.large)
+	assert.Zero(t, b.bodies.used)
+	assert.Zero(t, b.bodies.large)
 }
 
 func TestSlowBrokerIsAnsweredInTime(t *testing.T) {
@@ -372,7 +382,7 @@ func TestStopAnswersWhatWasTaken(t *testing.T) {
 	fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n", Path, len(body))
 	require.NoError(t, r.Header.Write(conn))
 	fmt.Fprintf(conn, "\r\n%s", body[:10])
-	b.eventually(func() bool { b.slow.mu.Lock(); defer b.slow.mu.Unlock(); return len(b.slow.reading) == 1 }, "reading")
+	b.eventually(func() bool { b.bodies.mu.Lock(); defer b.bodies.mu.Unlock(); return len(b.bodies.reading) == 1 }, "reading")
 
 	b.cancel()
 	b.eventually(func() bool { return b.health.Problems()["ingest"] != "" }, "not ready at once")
@@ -407,9 +417,9 @@ func TestStopAnswersASlowBodyWithinTheGracePeriod(t *testing.T) {
 	conn, err := net.Dial("tcp", b.Addr())
 	require.NoError(t, err)
 	defer conn.Close()
-	_, err = io.WriteString(conn, "POST "+Path+" HTTP/1.1\r\nHost: x\r\nsvix-id: 1\r\nsvix-timestamp: 1\r\nsvix-signature: 1\r\nContent-Length: 5\r\n\r\nx")
+	_, err = io.WriteString(conn, unsigned(time.Now(), wellFormed)+"Content-Length: 5\r\n\r\nx")
 	require.NoError(t, err)
-	b.eventually(func() bool { b.slow.mu.Lock(); defer b.slow.mu.Unlock(); return len(b.slow.reading) == 1 }, "reading")
+	b.eventually(func() bool { b.bodies.mu.Lock(); defer b.bodies.mu.Unlock(); return len(b.bodies.reading) == 1 }, "reading")
 	start := time.Now()
 	b.cancel()
 	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)

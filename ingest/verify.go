@@ -1,9 +1,12 @@
 package ingest
 
 import (
+	"crypto/sha256"
+	"encoding/base64"
 	"fmt"
 	"net/http"
 	"strconv"
+	"strings"
 	"time"
 
 	svix "github.com/svix/svix-webhooks/go"
@@ -41,6 +44,17 @@ func readHeaders(h http.Header) (signed, result) {
 	}
 	s.seconds = seconds
 	return s, ""
+}
+
+// wellFormed reports whether any of the signatures has the form that alone can match: v1, a comma, 32 bytes in base64.
+func (s signed) wellFormed() bool {
+	for signature := range strings.SplitSeq(s.signature, " ") {
+		encoded, isV1 := strings.CutPrefix(signature, "v1,")
+		if encoded, _, _ = strings.Cut(encoded, ","); isV1 && len(encoded) == base64.StdEncoding.EncodedLen(sha256.Size) {
+			return true
+		}
+	}
+	return false
 }
 
 // printable tells whether s can stand in any header and any log: visible ASCII, no space.

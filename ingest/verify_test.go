@@ -164,6 +164,6 @@ func FuzzHandler(f *testing.F) {
 			assert.True(t, signIt)
 			assert.Equal(t, id, a.body.ID)
 		}
-		assert.Zero(t, s.bodyBytes.Load())
+		assert.Zero(t, s.bodies.used)
 	})
 }

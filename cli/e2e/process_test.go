@@ -21,6 +21,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/usherhq/usher/cli/e2e/internal/powercut"
+	"github.com/usherhq/usher/cli/e2e/internal/strangers"
 	"github.com/usherhq/usher/pkg/dbtest"
 )
 
@@ -45,6 +46,13 @@ var binary = sync.OnceValues(func() (string, error) {
 func TestMain(m *testing.M) {
 	if dir := os.Getenv(diskEnv); dir != "" { // this process is a disk
 		if err := powercut.Serve(dir, os.Stdin, os.Stdout); err != nil {
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	if os.Getenv(strangersEnv) != "" { // this process is a flood
+		if err := strangers.Run(os.Stdin); err != nil {
+			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
 		os.Exit(0)
@@ -76,6 +84,12 @@ func start(t testing.TB, env []string, args ...string) *process {
 	t.Helper()
 	path, err := binary()
 	require.NoError(t, err)
+	return startProgram(t, env, path, args...)
+}
+
+// startProgram runs a program that runs usher.
+func startProgram(t testing.TB, env []string, path string, args ...string) *process {
+	t.Helper()
 	p := &process{t: t, cmd: exec.Command(path, args...), done: make(chan error, 1)}
 	p.cmd.Env = append([]string{"HOME=" + t.TempDir(), "PATH=" + os.Getenv("PATH")}, env...)
 	p.cmd.Dir = t.TempDir()

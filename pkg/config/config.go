@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"net"
 	"net/mail"
+	"net/netip"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -52,12 +53,13 @@ type Settings struct {
 	RetryInitial  time.Duration `env:"USHER_RETRY_INITIAL, default=1s" doc:"wait before the second attempt; each following one waits four times as long, with jitter"`
 	RetryMax      time.Duration `env:"USHER_RETRY_MAX, default=10m" doc:"longest wait between two attempts"`
 
-	DataDir     string `env:"USHER_DATA_DIR, default=./usher-data" doc:"state of dev and serve"`
-	IngestAddr  string `env:"USHER_INGEST_ADDR, default=:8080" doc:"listener for webhooks"`
-	ConsoleAddr string `env:"USHER_CONSOLE_ADDR, default=127.0.0.1:8081" doc:"listener of the console and its API"`
-	OpsAddr     string `env:"USHER_OPS_ADDR, default=127.0.0.1:8082" doc:"listener for /healthz, /readyz and /metrics"`
-	AdminToken  string `env:"USHER_ADMIN_TOKEN" secret:"true" doc:"token of the console and its API, at least 16 characters; where none is set one is made and kept in the data folder, and the console binds to loopback only"`
-	AppToken    string `env:"USHER_APP_TOKEN" secret:"true" doc:"token of applications, at least 16 characters: for GET /api/users/{id}/ensure, nothing else"`
+	DataDir        string   `env:"USHER_DATA_DIR, default=./usher-data" doc:"state of dev and serve"`
+	IngestAddr     string   `env:"USHER_INGEST_ADDR, default=:8080" doc:"listener for webhooks"`
+	ConsoleAddr    string   `env:"USHER_CONSOLE_ADDR, default=127.0.0.1:8081" doc:"listener of the console and its API"`
+	OpsAddr        string   `env:"USHER_OPS_ADDR, default=127.0.0.1:8082" doc:"listener for /healthz, /readyz and /metrics"`
+	TrustedProxies Networks `env:"USHER_TRUSTED_PROXIES" doc:"addresses or networks of reverse proxies, comma-separated: their X-Forwarded-For names the sender in the log, and the bound of connections per address does not hold for them"`
+	AdminToken     string   `env:"USHER_ADMIN_TOKEN" secret:"true" doc:"token of the console and its API, at least 16 characters; where none is set one is made and kept in the data folder, and the console binds to loopback only"`
+	AppToken       string   `env:"USHER_APP_TOKEN" secret:"true" doc:"token of applications, at least 16 characters: for GET /api/users/{id}/ensure, nothing else"`
 
 	KeepMessageBodies bool `env:"USHER_KEEP_MESSAGE_BODIES, default=false" doc:"store email.* and sms.* events with their texts, codes and links"`
 
@@ -134,6 +136,36 @@ func (s Secrets) String() string {
 		return ""
 	}
 	return redact.Masked
+}
+
+// Networks are addresses and networks (CIDR), comma-separated.
+type Networks []netip.Prefix
+
+// EnvDecode implements envconfig.Decoder.
+func (n *Networks) EnvDecode(_ context.Context, value string) error {
+	*n = nil
+	for part := range strings.SplitSeq(value, ",") {
+		part = strings.TrimSpace(part)
+		prefix, err := netip.ParsePrefix(part)
+		if err != nil {
+			var addr netip.Addr
+			if addr, err = netip.ParseAddr(part); err != nil {
+				return fmt.Errorf("%q is neither an address nor a network such as 10.0.0.0/8", part)
+			}
+			prefix = netip.PrefixFrom(addr, addr.BitLen())
+		}
+		*n = append(*n, prefix.Masked())
+	}
+	return nil
+}
+
+// String prints them as they are set.
+func (n Networks) String() string {
+	parts := make([]string, len(n))
+	for i, prefix := range n {
+		parts[i] = prefix.String()
+	}
+	return strings.Join(parts, ",")
 }
 
 // Bytes is a size: a number with an optional unit B, KB, MB, GB, TB, KiB, MiB, GiB or TiB.

@@ -19,6 +19,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
+
+	"github.com/usherhq/usher/pkg/listen"
 )
 
 // NewLogger makes the process's logger, which writes to stderr. level is debug, info, warn or error; format is
@@ -184,14 +186,14 @@ func (q *question) ask() *answer {
 
 // Ops serves /healthz (the process lives), /readyz (it can do its work) and /metrics.
 type Ops struct {
-	listener net.Listener
+	listener *listen.Listener
 	server   *http.Server
 	routes   []string
 }
 
 // NewOps listens at once, so that a taken port is an error here.
-func NewOps(addr string, health *Health, reg *prometheus.Registry) (*Ops, error) {
-	listener, err := net.Listen("tcp", addr)
+func NewOps(addr string, health *Health, reg *prometheus.Registry, log *zap.Logger) (*Ops, error) {
+	listener, err := listen.Open(addr, listen.Options{Name: "ops", Share: 16, Most: 64, Log: log, Registerer: reg})
 	if err != nil {
 		return nil, fmt.Errorf("listen for operations: %w", err)
 	}
@@ -216,8 +218,10 @@ func NewOps(addr string, health *Health, reg *prometheus.Registry) (*Ops, error)
 	})
 	handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{}).ServeHTTP)
 	ops.server = &http.Server{
-		Handler: mux, ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute,
+		Handler: mux, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 5 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: time.Minute,
+		MaxHeaderBytes: 16 << 10, ErrorLog: zap.NewStdLog(zap.NewNop()),
 	}
+	listener.Attach(ops.server)
 	return ops, nil
 }
 

@@ -105,7 +105,7 @@ func TestOpsSaysWhatIsReadyAndWhatIsNot(t *testing.T) {
 	health, reg := &observe.Health{}, observe.NewRegistry()
 	counter := prometheus.NewCounter(prometheus.CounterOpts{Name: "usher_test_total", Help: "for this test"})
 	reg.MustRegister(counter)
-	ops, err := observe.NewOps("127.0.0.1:0", health, reg)
+	ops, err := observe.NewOps("127.0.0.1:0", health, reg, zap.NewNop())
 	require.NoError(t, err)
 	assert.Equal(t, "ops", ops.Name())
 	serve(t, ops.Run)
@@ -140,7 +140,7 @@ func TestATakenPortIsAnErrorOfNewOps(t *testing.T) {
 	taken, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", "127.0.0.1:0")
 	require.NoError(t, err)
 	defer taken.Close()
-	_, err = observe.NewOps(taken.Addr().String(), &observe.Health{}, observe.NewRegistry())
+	_, err = observe.NewOps(taken.Addr().String(), &observe.Health{}, observe.NewRegistry(), zap.NewNop())
 	require.ErrorContains(t, err, "listen for operations")
 }
 

@@ -129,7 +129,7 @@ func Run(ctx context.Context, environ config.Environ, stderr io.Writer, program 
 
 func (p *Process) run(ctx context.Context, start func(context.Context, *Process) (lifecycle.Service, error)) (err error) {
 	defer func() { err = errors.Join(err, p.Closers.Close()) }()
-	ops, err := observe.NewOps(p.Settings.OpsAddr, p.Health, p.Registry)
+	ops, err := observe.NewOps(p.Settings.OpsAddr, p.Health, p.Registry, p.Log.With(zap.String("service", p.name)))
 	if err != nil {
 		return err
 	}

@@ -362,7 +362,7 @@ func (f *front) Run(ctx context.Context) error {
 // openFront makes the services that need no database, and lets them work.
 func (i *Instance) openFront(b brokerAccess) error {
 	s, log := i.cfg.Settings, i.cfg.Log
-	ops, err := observe.NewOps(s.OpsAddr, i.Health, i.Registry)
+	ops, err := observe.NewOps(s.OpsAddr, i.Health, i.Registry, log)
 	if err != nil {
 		return err
 	}
