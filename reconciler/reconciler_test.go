@@ -85,7 +85,7 @@ func TestAClosedClientHasNoConnections(t *testing.T) {
 	require.NoError(t, err)
 	require.EqualValues(t, 1, open.Load())
 	client.Close()
-	require.Eventually(t, func() bool { return open.Load() == 0 }, 15*time.Second, 10*time.Millisecond)
+	require.Eventually(t, func() bool { return open.Load() == 0 }, 60*time.Second, 10*time.Millisecond)
 }
 
 func TestABrokerThatIsAwayIsNoErrorButNotReady(t *testing.T) {

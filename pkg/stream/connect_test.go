@@ -90,7 +90,7 @@ func TestAFullSocketToABrokerThatHangsHoldsNobody(t *testing.T) {
 			require.NoError(t, err)
 			p := stream.NewPublisher(js, replicas)
 			t.Cleanup(p.Close)
-			require.Eventually(t, nc.IsConnected, 15*time.Second, 5*time.Millisecond)
+			require.Eventually(t, nc.IsConnected, 60*time.Second, 5*time.Millisecond)
 			events := newEvents(400) // 25 MiB, more than any socket's buffers
 			for i := range events {
 				events[i].Raw = fmt.Appendf(nil, `{"pad":%q}`, strings.Repeat("x", 64<<10))
@@ -131,7 +131,7 @@ func TestAFullSocketToABrokerThatHangsHoldsNobody(t *testing.T) {
 			t.Logf("the connection's state took %s at most; all answered after %s", worst.Round(time.Millisecond), time.Since(began).Round(time.Millisecond))
 
 			open()
-			require.Eventually(t, nc.IsConnected, 15*time.Second, 5*time.Millisecond)
+			require.Eventually(t, nc.IsConnected, 60*time.Second, 5*time.Millisecond)
 			for start := time.Now(); ; {
 				n := 0
 				for _, r := range publishAll(t, p, events) {

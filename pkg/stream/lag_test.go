@@ -72,11 +72,11 @@ func TestPresenceNoticesSetupAndOutagesByItself(t *testing.T) {
 
 	eventually := func(want error) {
 		t.Helper()
-		require.EventuallyWithT(t, func(c *assert.CollectT) { assert.ErrorIs(c, presence.Check(), want) }, 15*time.Second, 10*time.Millisecond)
+		require.EventuallyWithT(t, func(c *assert.CollectT) { assert.ErrorIs(c, presence.Check(), want) }, 60*time.Second, 10*time.Millisecond)
 	}
 	eventually(stream.ErrSetup)
 	broker.Setup()
-	require.Eventually(t, func() bool { return presence.Check() == nil }, 15*time.Second, 10*time.Millisecond)
+	require.Eventually(t, func() bool { return presence.Check() == nil }, 60*time.Second, 10*time.Millisecond)
 	letters, err := js.Stream(t.Context(), stream.DeadLetters)
 	require.NoError(t, err)
 	forgetful := letters.CachedInfo().Config
@@ -89,7 +89,7 @@ func TestPresenceNoticesSetupAndOutagesByItself(t *testing.T) {
 	require.NoError(t, js.DeleteStream(t.Context(), stream.DeadLetters))
 	eventually(stream.ErrSetup)
 	broker.Stop()
-	require.Eventually(t, func() bool { return presence.Check() != nil && !nc.IsConnected() }, 15*time.Second, 10*time.Millisecond)
+	require.Eventually(t, func() bool { return presence.Check() != nil && !nc.IsConnected() }, 60*time.Second, 10*time.Millisecond)
 }
 
 // TestFirstUnsettledIsExact settles events in every order, with redeliveries, deletions and restarts, and compares with its own books.

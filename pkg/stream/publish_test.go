@@ -209,9 +209,10 @@ func TestPublish(t *testing.T) {
 				publishAll(t, p, events)
 				require.NoError(t, js.DeleteStream(t.Context(), stream.Events))
 				if reconnect {
+					before := nc.Stats().Reconnects // it may not have noticed yet that it is disconnected
 					server.Stop()
 					server.Start()
-					require.Eventually(t, nc.IsConnected, time.Minute, 5*time.Millisecond)
+					require.Eventually(t, func() bool { return nc.Stats().Reconnects > before }, time.Minute, 5*time.Millisecond)
 				}
 				server.Setup()
 				for i, r := range publishAll(t, p, events) {
@@ -298,14 +299,14 @@ func TestPublish(t *testing.T) {
 		have := func(n int) func() bool {
 			return func() bool { mu.Lock(); defer mu.Unlock(); return len(stored) >= n }
 		}
-		require.Eventually(t, have(500), 20*time.Second, time.Millisecond)
+		require.Eventually(t, have(500), 60*time.Second, time.Millisecond)
 		server.Stop()
-		require.Eventually(t, func() bool { return len(failed) >= 64 }, 20*time.Second, time.Millisecond)
+		require.Eventually(t, func() bool { return len(failed) >= 64 }, 60*time.Second, time.Millisecond)
 		mu.Lock()
 		n := len(stored)
 		mu.Unlock()
 		server.Start()
-		require.Eventually(t, have(n+500), 20*time.Second, time.Millisecond)
+		require.Eventually(t, have(n+500), 60*time.Second, time.Millisecond)
 		close(stop)
 		group.Wait()
 		found := ids(t, js)
@@ -317,11 +318,10 @@ func TestPublish(t *testing.T) {
 		t.Parallel()
 		p, server, nc, _ := setup(t, 1)
 		server.Stop()
-		require.Eventually(t, func() bool { return !nc.IsConnected() }, 10*time.Second, time.Millisecond)
-		start := time.Now()
+		require.Eventually(t, func() bool { return !nc.IsConnected() }, 60*time.Second, time.Millisecond)
 		_, err := p.Publish(t.Context(), newEvent("msg_1"))
 		require.ErrorIs(t, err, stream.ErrUnavailable)
-		assert.Less(t, time.Since(start), 2*time.Second)
+		assert.ErrorIs(t, err, nats.ErrReconnectBufExceeded, "it is not sent, so nobody waits for an answer")
 	})
 	t.Run("TheCallersContextEndsTheWait", func(t *testing.T) {
 		t.Parallel()

@@ -211,7 +211,7 @@ func TestTopology(t *testing.T) {
 		server := natstest.New(t)
 		nc, js := server.Connect()
 		server.Stop()
-		require.Eventually(t, func() bool { return !nc.IsConnected() }, 10*time.Second, time.Millisecond)
+		require.Eventually(t, func() bool { return !nc.IsConnected() }, 60*time.Second, time.Millisecond)
 		_, err := want.Check(t.Context(), js)
 		require.ErrorContains(t, err, "look up stream CLERK_EVENTS")
 	})
