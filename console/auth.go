@@ -212,7 +212,7 @@ func (c *Console) guard(routes []route) http.Handler {
 		h.Set("Content-Security-Policy", "default-src 'none'; style-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'")
 		h.Set("X-Content-Type-Options", "nosniff")
 		h.Set("X-Frame-Options", "DENY")
-		h.Set("Referrer-Policy", "no-referrer")
+		h.Set("Referrer-Policy", "same-origin") // with no-referrer a form of ours would be sent with Origin: null
 		h.Set("Cross-Origin-Resource-Policy", "same-origin")
 		h.Set("Cache-Control", "no-store")
 		need := administrator // also for a path that nobody knows
@@ -316,7 +316,7 @@ func (c *Console) login(w http.ResponseWriter, r *http.Request) {
 	http.Redirect(w, r, form.Next, http.StatusSeeOther)
 }
 
-// logout answers POST /admin/logout.
+// logout answers POST /admin/logout. It asks for no session: one that does not count, as behind a proxy that changes Host, is to go too.
 func (c *Console) logout(w http.ResponseWriter, r *http.Request) {
 	c.setSession(w, r, "", -1)
 	http.Redirect(w, r, loginPath, http.StatusSeeOther)
@@ -358,6 +358,14 @@ func madeToken(dir string, log *zap.Logger) (token string, fresh bool, err error
 	}
 	return token, false, nil
 }
+
+// tokenError is why no token could be made or read. Only a change of the settings or of the file helps.
+type tokenError struct{ error }
+
+func (e tokenError) Unwrap() error { return e.error }
+
+// WrongSettings makes a process end with the code that tells a supervisor not to try again.
+func (tokenError) WrongSettings() bool { return true }
 
 // writeToken makes a token and keeps it in one step, so that a reader never sees half of it.
 func writeToken(dir string) (string, error) {

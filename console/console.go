@@ -102,7 +102,7 @@ func New(cfg Config, deps Deps) (*Console, error) {
 	made, fresh, err := cfg.AdminToken == "", false, error(nil)
 	if made {
 		if cfg.AdminToken, fresh, err = madeToken(cfg.DataDir, log); err != nil {
-			return nil, fmt.Errorf("start %s: %w", Name, err)
+			return nil, tokenError{fmt.Errorf("start %s: %w", Name, err)}
 		}
 	}
 	ensurer, err := newEnsurer(cfg.Sources, deps, log)

@@ -28,7 +28,7 @@ func (c *Console) routes() []route {
 	return []route{
 		{"GET /admin/login", anyone, c.login},
 		{"POST /admin/login", anyone, c.login},
-		{"POST /admin/logout", administrator, c.logout},
+		{"POST /admin/logout", anyone, c.logout},
 		{"GET /{$}", administrator, http.RedirectHandler("/admin", http.StatusFound).ServeHTTP},
 		{"GET /admin", administrator, c.admin},
 		{"GET /admin/admin.css", administrator, func(w http.ResponseWriter, r *http.Request) {

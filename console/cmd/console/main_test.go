@@ -68,6 +68,22 @@ func TestAnswersFromBrokerAndDatabaseUntilItIsStopped(t *testing.T) {
 	}
 }
 
+func TestTokenThatCannotBeKeptEndsTheStart(t *testing.T) {
+	t.Parallel()
+	broker := natstest.New(t)
+	broker.Setup()
+	dir := t.TempDir()
+	file := filepath.Join(dir, "file")
+	require.NoError(t, os.WriteFile(file, nil, 0o600))
+	require.NoError(t, os.WriteFile(filepath.Join(dir, console.TokenFile), []byte("short\n"), 0o600))
+	for _, data := range []string{dir, file, filepath.Join(file, "below")} {
+		assert.Equal(t, process.WrongSettings, process.Run(t.Context(), config.Environ{
+			"USHER_NATS_URL=" + broker.URL(), "USHER_DATABASE_URL=sqlite:" + filepath.Join(t.TempDir(), "usher.db"),
+			"USHER_CONSOLE_ADDR=127.0.0.1:0", "USHER_OPS_ADDR=127.0.0.1:0", "USHER_LOG_LEVEL=error", "USHER_DATA_DIR=" + data,
+		}, &bytes.Buffer{}, program), data)
+	}
+}
+
 func freeAddr(t *testing.T) string {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
