@@ -297,7 +297,7 @@ func (c *Console) loginForm(w http.ResponseWriter, form loginForm) {
 // login answers GET and POST /admin/login: the page, or a session in exchange for the token, from the form or from a login link.
 func (c *Console) login(w http.ResponseWriter, r *http.Request) {
 	r.Body = http.MaxBytesReader(w, r.Body, 8<<10)
-	token, form := strings.TrimSpace(r.FormValue("token")), loginForm{Next: landing(r.FormValue("next"))} //nolint:gosec // the body is limited
+	token, form := strings.TrimSpace(r.FormValue("token")), loginForm{Next: landing(r.FormValue("next"))}
 	if token == "" && r.Method != http.MethodPost {
 		c.loginForm(w, form)
 		return
@@ -323,7 +323,7 @@ func (c *Console) logout(w http.ResponseWriter, r *http.Request) {
 }
 
 func (c *Console) setSession(w http.ResponseWriter, r *http.Request, value string, seconds int) {
-	http.SetCookie(w, &http.Cookie{
+	http.SetCookie(w, &http.Cookie{ //nolint:gosec // Secure where that works
 		Name: c.access.cookie, Value: value, Path: "/", MaxAge: seconds, HttpOnly: true, SameSite: http.SameSiteStrictMode,
 		Secure: r.TLS != nil || r.Header.Get("X-Forwarded-Proto") == "https", // over http a browser would not keep it
 	})

@@ -99,8 +99,9 @@ func New(cfg Config, deps Deps) (*Console, error) {
 		return nil, err
 	}
 	log := deps.Log.With(zap.String("service", Name))
-	made, fresh, err := cfg.AdminToken == "", false, error(nil)
+	made, fresh := cfg.AdminToken == "", false
 	if made {
+		var err error
 		if cfg.AdminToken, fresh, err = madeToken(cfg.DataDir, log); err != nil {
 			return nil, tokenError{fmt.Errorf("start %s: %w", Name, err)}
 		}
