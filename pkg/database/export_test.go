@@ -11,3 +11,12 @@ func SchemaColumns(t *testing.T) int {
 	}
 	return len(columns)
 }
+
+// OpenErrorOf is how an error of a server of this URL is told.
+func OpenErrorOf(address string, err error) error {
+	u, parsing := parsePostgres(address, "DATABASE_URL")
+	if parsing != nil {
+		return parsing
+	}
+	return u.openError(err)
+}

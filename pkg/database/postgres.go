@@ -212,7 +212,7 @@ func (u *pgURL) openError(err error) error {
 	case pg == nil && u.requiresTLS():
 		e.kind, e.text = ErrUnusable, fmt.Sprintf("no connection to PostgreSQL at %s as %s in %s wants it: correct that, or what the server offers (%s)", where, u.tls, u.setting, reason(refusal))
 	case pg == nil:
-		e.kind, e.text = ErrUnusable, fmt.Sprintf("what answers at %s is not a PostgreSQL that %s can mean: correct it (%s)", where, u.setting, reason(refusal))
+		e.kind, e.text = ErrUnusable, fmt.Sprintf("what answers at %s does not do what %s asks for: check that it is PostgreSQL, and how it is spoken to (%s)", where, u.setting, reason(refusal))
 	case strings.HasPrefix(pg.Code, "28"), isAbout(pg, "no such user", "auth failed", "authentication failed"), isAbout(pg, "role ", "user ") && isAbout(pg, "does not exist"):
 		e.kind, e.text = ErrAuth, fmt.Sprintf("PostgreSQL at %s refuses user %q: check user and password in %s and pg_hba.conf (%s)", where, u.cfg.User, u.setting, pg.Message)
 	case pg.Code == "3D000", isAbout(pg, "no such database"), isAbout(pg, "database ") && isAbout(pg, "does not exist"):
@@ -221,7 +221,7 @@ func (u *pgURL) openError(err error) error {
 	case pg.Code == "42704", pg.Code == "22023", pg.Code == "55P02", pg.Code == "42501" && strings.Contains(pg.Message, "parameter"), isAbout(pg, startupParameter):
 		e.kind, e.text = ErrUnusable, fmt.Sprintf("PostgreSQL at %s does not take a parameter of %s: remove or correct it (%s)", where, u.setting, pg.Message)
 	case pg.Code == "42501":
-		e.kind, e.text = ErrAuth, fmt.Sprintf("user %q may not use database %q at %s: GRANT CONNECT ON DATABASE (%s)", u.cfg.User, u.cfg.Database, where, pg.Message)
+		e.kind, e.text = ErrAuth, fmt.Sprintf("user %q of %s may not use database %q at %s: GRANT CONNECT ON DATABASE (%s)", u.cfg.User, u.setting, u.cfg.Database, where, pg.Message)
 	case isNotNow(pg):
 		e.text = fmt.Sprintf("PostgreSQL at %s answers, but takes no connection now (%s, SQLSTATE %s)", where, pg.Message, pg.Code)
 	default:

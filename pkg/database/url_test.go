@@ -1,12 +1,15 @@
 package database_test
 
 import (
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"errors"
+	"io"
 	"math/big"
 	"net"
 	"net/url"
@@ -17,6 +20,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/zap"
@@ -241,4 +245,47 @@ func serveTLS(t *testing.T, server *dbtest.Server, address string) string {
 	server.Stop()
 	server.Start(t)
 	return authority
+}
+
+// Only who does not answer, and "not now", is waited for. Poolers have one code for everything, so their words decide.
+func TestOnlyNotNowIsWaitedFor(t *testing.T) {
+	t.Parallel()
+	const address = "postgres://me@db.example.com/app"
+	refusal := func(code, message string) error {
+		return &pgconn.PgError{Severity: "FATAL", Code: code, Message: message}
+	}
+	for _, err := range []error{
+		syscall.ECONNREFUSED, io.EOF, io.ErrUnexpectedEOF, context.DeadlineExceeded, &net.DNSError{Err: "no such host", Name: "db.example.com", IsNotFound: true},
+		refusal("57P03", "the database system is starting up"),
+		refusal("57P01", "terminating connection due to administrator command"),
+		refusal("53300", "sorry, too many clients already"),
+		refusal("55006", `source database "x" is being accessed by other users`),
+		refusal("08P01", "query_wait_timeout"),
+		refusal("08P01", "no more connections allowed (max_client_conn)"),
+		refusal("08P01", "server login has been failing, try again later (server_login_retry)"),
+		refusal("XX000", "Max client connections reached"),
+		errors.Join(refusal("28000", "no pg_hba.conf entry for host, SSL encryption"), refusal("53300", "sorry, too many clients already")), // the second without TLS
+	} {
+		require.ErrorIs(t, database.OpenErrorOf(address, err), database.ErrUnreachable, "%v", err)
+	}
+	for err, want := range map[error]error{
+		refusal("28P01", `password authentication failed for user "me"`):                        database.ErrAuth,
+		refusal("28000", "no pg_hba.conf entry for host"):                                       database.ErrAuth,
+		refusal("08P01", "no such user: me"):                                                    database.ErrAuth,
+		refusal("08P01", "auth failed"):                                                         database.ErrAuth,
+		refusal("42501", `permission denied for database "app"`):                                database.ErrAuth,
+		refusal("3D000", `database "app" does not exist`):                                       database.ErrNoDatabase,
+		refusal("08P01", "no such database: app"):                                               database.ErrNoDatabase,
+		refusal("42501", `permission denied to set parameter "session_replication_role"`):       database.ErrUnusable,
+		refusal("55P02", `parameter "ssl" cannot be changed now`):                               database.ErrUnusable,
+		refusal("08P01", "unsupported startup parameter: options"):                              database.ErrUnusable,
+		refusal("0A000", "RDS Proxy currently doesn't support command-line options"):            database.ErrUnusable,
+		refusal("XX000", "Tenant or user not found"):                                            database.ErrUnusable,
+		refusal("XX000", "The endpoint has been disabled. Enable it using Neon API and retry."): database.ErrUnusable,
+		errors.New("server refused TLS connection"):                                             database.ErrUnusable,
+	} {
+		told := database.OpenErrorOf(address, err)
+		require.ErrorIs(t, told, want, "%v", err)
+		require.ErrorContains(t, told, "DATABASE_URL")
+	}
 }
