@@ -344,7 +344,7 @@ func TestSQLiteReadersDoNotWaitForTheWriter(t *testing.T) {
 
 func TestIsInfrastructureTellsAnOutageFromTheDatasError(t *testing.T) {
 	t.Parallel()
-	for _, code := range []string{"57P01", "57P02", "57P03", "57P05", "57014", "25006", "53100", "53200", "53300", "40001", "40P01", "08006", "08P01", "28P01", "28000", "3D000", "42P01", "42501", "42703", "55P03", "58030", "XX001"} {
+	for _, code := range []string{"57P01", "57P02", "57P03", "57P05", "57014", "25006", "53100", "53200", "53300", "40001", "40P01", "08006", "08P01", "28P01", "28000", "3D000", "42P01", "42501", "42703", "26000", "42P05", "55P03", "58030", "XX001"} {
 		err := fmt.Errorf("apply: %w", &pgconn.PgError{Code: code})
 		assert.True(t, database.IsInfrastructure(err), code)
 		assert.False(t, database.IsConstraint(err), code)

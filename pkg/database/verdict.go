@@ -19,7 +19,8 @@ import (
 var infrastructure = []string{
 	"08",             // connection exceptions
 	"25P03", "25P04", // idle_in_transaction_session_timeout, transaction_timeout
-	"25006",                   // read-only: a standby, or a disk that an operator protects
+	"25006",          // read-only: a standby, or a disk that an operator protects
+	"26000", "42P05", // a prepared statement is gone, or there already: a pooler that was not recognized
 	"28",                      // the password was changed under us
 	"3D000", "3F000", "42P01", // database, schema or table gone: a restore in progress. Services check them before they begin
 	"40001", "40P01", // serialization failure, deadlock
