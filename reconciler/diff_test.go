@@ -52,6 +52,13 @@ func TestCompare(t *testing.T) {
 	}
 }
 
+func TestWhatTheMirrorForgotIsNoDrift(t *testing.T) {
+	t.Parallel()
+	object := []byte(`{"id":"i","email_address":"a@b.c","status":"accepted","user_id":"u"}`)
+	assert.Empty(t, differences("organization_invitations", object, `{"id":"i","status":"accepted","user_id":"u"}`))
+	assert.Len(t, differences("organization_invitations", object, `{"id":"i","status":"revoked","user_id":"u"}`), 2)
+}
+
 func TestDifferencesAreOfValuesNotOfSpellings(t *testing.T) {
 	t.Parallel()
 	for _, same := range [][2]string{

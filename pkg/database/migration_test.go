@@ -2,6 +2,7 @@ package database_test
 
 import (
 	"maps"
+	"strings"
 	"testing"
 	"time"
 
@@ -113,5 +114,59 @@ func TestLinksToThePortalAreRemoved(t *testing.T) {
 		var bodies []string
 		require.NoError(t, db.Raw("SELECT body FROM notifications ORDER BY id").Scan(&bodies).Error)
 		assert.Equal(t, []string{"What to do:\n1. Run `usher portal` and open the link that it prints\n2. Look\n3. x", "1. Open Clerk's dashboard, Webhooks\n2. Look"}, bodies)
+	})
+}
+
+// TestWhoWasDeletedBeforeIsForgotten in what other objects say of the user.
+func TestWhoWasDeletedBeforeIsForgotten(t *testing.T) {
+	t.Parallel()
+	emptyDatabases(t, func(t *testing.T, db *gorm.DB) {
+		upTo(t, db, 14)
+		at := time.Date(2026, 1, 2, 3, 4, 5, 6_000_000, time.UTC)
+		add := func(table, id, raw string, columns map[string]any) {
+			t.Helper()
+			row := map[string]any{"id": id, "source": "clerk", "version": 1, "seen_at": 1, "raw": raw, "event_id": "msg_1", "origin": "webhook", "synced_at": at}
+			maps.Copy(row, columns)
+			require.NoError(t, db.Table(table).Create(row).Error)
+		}
+		for user, deleted := range map[string]any{"gone": at, "lives": nil} {
+			add("users", user, `{"id":"`+user+`","object":"user","deleted":true,"external_id":"crm"}`, map[string]any{"deleted_at": deleted, "children_deleted_at": deleted, "external_id": "crm"})
+			add("sessions", "sess_"+user, `{"id":"s","user":{"id":"`+user+`","first_name":"Ada"},"latest_activity":{"ip_address":"192.0.2.1","city":"x","country":"GB"}}`,
+				map[string]any{"user_id": user, "ip_address": "192.0.2.1", "city": "x", "country": "GB"})
+			add("organization_memberships", "mem_"+user, `{"public_user_data":{"user_id":"`+user+`","first_name":"Ada"}}`, map[string]any{"user_id": user})
+			add("organization_invitations", "inv_"+user, `{"email_address":"a@b.c","url":"u"}`, map[string]any{"user_id": user, "email": "a@b.c"})
+			add("organization_invitations", "by_"+user, `{"email_address":"c@b.c","public_inviter_data":{"first_name":"Ada"}}`, map[string]any{"inviter_id": user, "email": "c@b.c"})
+			for _, table := range []string{"subscriptions", "subscription_items", "payment_attempts"} {
+				add(table, "pay_"+user, `{"payer":{"id":"p","user_id":"`+user+`","email":"a@b.c","first_name":"Ada"}}`, map[string]any{"payer_user_id": user})
+			}
+		}
+		upTo(t, db, 15)
+		for query, want := range map[string]string{
+			"SELECT raw FROM users":                    `{"id":"gone","object":"user","deleted":true}`,
+			"SELECT raw FROM sessions":                 `{"id":"s","user_id":"gone","latest_activity":{"country":"GB"}}`,
+			"SELECT raw FROM organization_memberships": `{"public_user_data":{"user_id":"gone"}}`,
+			"SELECT raw FROM organization_invitations WHERE id LIKE 'inv%' AND user_id":   `{}`,
+			"SELECT raw FROM organization_invitations WHERE id LIKE 'by%' AND inviter_id": `{"email_address":"c@b.c","public_inviter_data":{"user_id":"gone"}}`,
+			"SELECT raw FROM subscriptions":                                               `{"payer":{"id":"p","user_id":"gone"}}`,
+			"SELECT raw FROM subscription_items":                                          `{"payer":{"id":"p","user_id":"gone"}}`,
+			"SELECT raw FROM payment_attempts":                                            `{"payer":{"id":"p","user_id":"gone"}}`,
+		} {
+			if !strings.Contains(query, "WHERE") {
+				query += " WHERE id"
+			}
+			for _, user := range []string{"gone", "lives"} {
+				var raw string
+				require.NoError(t, db.Raw(query+" LIKE '%"+user+"'").Scan(&raw).Error, query)
+				if user == "gone" {
+					assert.JSONEq(t, want, raw, query)
+				} else {
+					assert.Regexp(t, "Ada|crm|a@b.c", raw, query)
+				}
+			}
+		}
+		var left int64
+		require.NoError(t, db.Raw(`SELECT (SELECT count(*) FROM sessions WHERE ip_address IS NOT NULL) + (SELECT count(*) FROM organization_invitations WHERE email = 'a@b.c')
+			+ (SELECT count(*) FROM users WHERE external_id IS NOT NULL) + (SELECT count(*) FROM users WHERE last_deleted_at IS NULL)`).Scan(&left).Error)
+		assert.EqualValues(t, 4, left, "of the one who lives")
 	})
 }

@@ -49,12 +49,18 @@ func (s states) settleFamilies(ctx context.Context, tx *gorm.DB, now time.Time) 
 			changed[parent] = ids
 		}
 	}
+	deleted, err := s.noteDeletes(ctx, tx)
+	if err != nil {
+		return err
+	}
 	wanted, children, known := s.parentsOfChildren()
-	if len(changed) == 0 && !children {
+	if len(changed) == 0 && len(deleted) == 0 && !children {
 		return nil
 	}
 	if database.IsPostgres(tx) {
-		if err := lockFamilies(ctx, tx, changed, wanted, children && known); err != nil {
+		exclusive := maps.Clone(changed)
+		exclusive[usersTable] = append(slices.Clip(changed[usersTable]), deleted...)
+		if err := lockFamilies(ctx, tx, exclusive, wanted, children && known); err != nil {
 			return err
 		}
 	}
@@ -63,7 +69,22 @@ func (s states) settleFamilies(ctx context.Context, tx *gorm.DB, now time.Time) 
 			return err
 		}
 	}
-	return s.mark(ctx, tx, wanted)
+	old, err := forgottenUsers(ctx, tx, deleted)
+	if err != nil {
+		return err
+	}
+	if err := forgetOld(ctx, tx, old, now); err != nil {
+		return err
+	}
+	if err := s.mark(ctx, tx, wanted); err != nil {
+		return err
+	}
+	named, err := forgottenUsers(ctx, tx, slices.Sorted(maps.Keys(wanted[usersTable])))
+	if err != nil {
+		return err
+	}
+	s.forgetNew(named)
+	return nil
 }
 
 // lockFamilies takes the locks of a transaction that changes parents and writes children of those wanted; single: it wants no others.
@@ -177,7 +198,8 @@ func (t *Table) tombstoneQuery() string {
 	return "SELECT gone.deleted_at, gone.id FROM (" + strings.Join(ranks, " UNION ALL ") + ") AS gone ORDER BY gone.rank LIMIT 1"
 }
 
-// parentsOfChildren are the ids of the parents of all children of the batch. known: each child names all of its parents.
+// parentsOfChildren are the ids of the parents of all children of the batch, and of the users whom its rows name. known: each child names all
+// of its parents.
 func (s states) parentsOfChildren() (wanted map[*Table]map[string]bool, children, known bool) {
 	wanted, known = map[*Table]map[string]bool{}, true
 	for _, child := range tables[parentTables:] {
@@ -193,6 +215,17 @@ func (s states) parentsOfChildren() (wanted map[*Table]map[string]bool, children
 					wanted[p.table] = map[string]bool{}
 				}
 				wanted[p.table][id] = true
+			}
+			for _, p := range child.persons {
+				id, ok := r.values[2+child.index(p.in)].(string)
+				if !ok {
+					continue
+				}
+				children = true
+				if wanted[usersTable] == nil {
+					wanted[usersTable] = map[string]bool{}
+				}
+				wanted[usersTable][id] = true
 			}
 		}
 	}

@@ -70,6 +70,9 @@ type row struct {
 	ended   bool
 	values  []any // as the table's upsert wants them
 
+	// lastDeleted is, of users, the time of the newest delete in the batch, in ms; 0 for none.
+	lastDeleted int64
+
 	written bool
 	stands  int64 // version of the row in the table, where this one was not written
 }
@@ -111,6 +114,8 @@ type place struct {
 // A child lives no longer than its parents: a membership than its organization and user, an invitation or domain than its organization, a
 // session than its user. The row of a child keeps its own version and raw; deleted_at is that of its own delete, else of
 // its parent's tombstone, which deleted_with names. Where a parent returns, so do the children that only it took along.
+//
+// Who is deleted is not named any more: not by the tombstone, nor by what others' objects say of the user.
 func Apply(ctx context.Context, tx *gorm.DB, batch []event.Event) ([]event.Effect, error) {
 	now := time.Now().UTC().Truncate(time.Millisecond)
 	newest := make(states, len(tables))
@@ -256,9 +261,15 @@ func collect(newest states, e *event.Event, now time.Time, memory *scratch) (cha
 		s.deletedAt = max(s.version.SeenAt, 1)
 	}
 	raw := string(Clean(e.Data))
+	if table == usersTable && e.Object.Deleted {
+		raw = only(raw, keptOfUser)
+	}
 	c := change{own: place{table, s.id}, version: s.version}
 	object := table.row(memory, &s, raw)
 	object.event = e
+	if table == usersTable {
+		object.lastDeleted = s.deletedAt
+	}
 	if err := keep(newest, table, object); err != nil {
 		return change{}, err
 	}
@@ -292,10 +303,10 @@ func keep(newest states, table *Table, r *row) error {
 	case have.source != r.source:
 		return fmt.Errorf("%s in %s: %w: %q and %q in one batch", r.id, table.Name, ErrWrongSource, have.source, r.source)
 	case r.newer(have):
-		r.event = cmp.Or(r.event, have.event)
+		r.event, r.lastDeleted = cmp.Or(r.event, have.event), max(r.lastDeleted, have.lastDeleted)
 		states[r.id] = r
 	default:
-		have.event = cmp.Or(have.event, r.event)
+		have.event, have.lastDeleted = cmp.Or(have.event, r.event), max(r.lastDeleted, have.lastDeleted)
 	}
 	return nil
 }

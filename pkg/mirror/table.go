@@ -37,6 +37,7 @@ type Table struct {
 	upsert   *database.Upsert
 	nameless bool     // Clerk's objects do not say what they are
 	parents  []parent // whose deletion takes the rows of this table along, in the order of their rank
+	persons  []person // whom the rows name
 	typed    []Column // all that the object determines: Columns, and Clerk's times
 	targets  map[string][]target
 	first    []int // by typed column: its first place; one more at the end
@@ -184,7 +185,7 @@ func init() { //nolint:gochecknoinits // tables that are built once from the des
 func (t *Table) build() {
 	t.verbs = append([]string{"created", "updated", "deleted"}, t.verbs...)
 	t.targets = map[string][]target{}
-	t.ended, t.status = t.index("ended"), t.index("status")
+	t.ended, t.status, t.persons = t.index("ended"), t.index("status"), persons[t.Name]
 	columns := []database.Column{{Name: "id", Type: "text"}, {Name: "source", Type: "text"}}
 	for _, c := range t.Columns {
 		columns = append(columns, database.Column{Name: c.Name, Type: types[c.Kind]})
