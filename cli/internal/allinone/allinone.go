@@ -265,7 +265,9 @@ func (i *Instance) broker() (brokerAccess, error) {
 		srv.WaitForShutdown()
 		return nil
 	})
-	i.Health.Add("broker storage", storageCheck(srv, i.cfg.Dir))
+	check := storageCheck(srv, i.cfg.Dir)
+	i.Health.Add("broker storage", check)
+	i.services = append(i.services, frozen{check: check, dir: filepath.Join(i.cfg.Dir, "nats"), after: frozenAfter, every: frozenEvery})
 	url, err := brokerURL(srv, password)
 	return brokerAccess{url: url, options: inProcess(srv, password)}, err
 }

@@ -16,6 +16,7 @@ import (
 	"go.uber.org/zap"
 	"golang.org/x/term"
 
+	"github.com/usherhq/usher/cli/internal/allinone"
 	"github.com/usherhq/usher/pkg/config"
 	"github.com/usherhq/usher/pkg/observe"
 	"github.com/usherhq/usher/pkg/redact"
@@ -66,6 +67,9 @@ func Run(ctx context.Context, args []string, env Env) int {
 		return exitInterrupted
 	default:
 		fmt.Fprintln(env.Stderr, "usher:", printableLines(err.Error()))
+		if errors.Is(err, allinone.ErrFrozen) { // a supervisor that does not repeat wrong use repeats this
+			return exitNo
+		}
 		return exitUsage
 	}
 }
