@@ -239,3 +239,29 @@ func TestACredentialInPlaceOfItsFileIsNotRepeated(t *testing.T) {
 	require.ErrorContains(t, err, "USHER_NATS_CREDS")
 	assert.NotContains(t, err.Error(), "hush")
 }
+
+func TestWhatNamesNoDatabaseIsRefusedByTheNameThatWasSet(t *testing.T) {
+	for _, name := range []string{"DATABASE_URL", "USHER_DATABASE_URL"} {
+		for address, says := range map[string]string{
+			"mysql://ann:hush@h/app":                    "where this is another program's, set USHER_DATABASE_URL",
+			"file:./dev.db":                             "where this is another program's, set USHER_DATABASE_URL",
+			"sqlite:":                                   "want postgres://… or sqlite:PATH",
+			`"postgres://ann:hush@h/app"`:               "begins with a quote",
+			"prisma://accelerate.example.com/?k=hush":   "Prisma's proxy is no PostgreSQL",
+			"prisma+postgres://localhost:51213/?k=hush": "Prisma's proxy is no PostgreSQL",
+		} {
+			_, err := Load(Environ{name + "=" + address}, nil)
+			var problems Problems
+			require.ErrorAs(t, err, &problems, address)
+			require.Len(t, problems, 1, problems)
+			assert.True(t, strings.HasPrefix(problems[0], name+": "), problems[0])
+			assert.Contains(t, problems[0], says)
+			assert.NotContains(t, problems[0], "hush")
+		}
+		for _, address := range []string{"postgresql://h/app?schema=public", "postgresql+asyncpg://ann:hush@h/app?ssl=require", "jdbc:postgresql://h/app?user=ann", "sqlite:a"} {
+			s, err := Load(Environ{name + "=" + address}, nil)
+			require.NoError(t, err, address)
+			assert.Equal(t, name, s.DatabaseSetting())
+		}
+	}
+}

@@ -1,6 +1,6 @@
 // Package database opens Usher's database and keeps its schema: PostgreSQL by postgres://…, SQLite by sqlite:PATH.
 //
-// It guarantees that a commit that returned is on disk, that times are UTC in and out, that every error of
+// It guarantees, also through a pooler, that a commit that returned is on disk, that times are UTC in and out, that every error of
 // opening says what to do and never holds the password, and that [IsInfrastructure] tells an outage from an
 // error of the data. It refuses to create or change tables other than by its numbered SQL, and it knows nothing of events.
 package database
