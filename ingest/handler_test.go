@@ -19,7 +19,6 @@ import (
 	"github.com/usherhq/usher/pkg/event"
 	"github.com/usherhq/usher/pkg/fixture"
 	"github.com/usherhq/usher/pkg/natstest"
-
 	"github.com/usherhq/usher/pkg/stream"
 )
 

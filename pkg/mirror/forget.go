@@ -213,7 +213,7 @@ func (t *Table) forgetOld(ctx context.Context, tx *gorm.DB, p *person, users map
 	}
 	statement := "SELECT id, source, " + p.in + " AS person, raw, clerk_created_at AS made FROM " + t.Name + " WHERE " + p.in + " IN ? ORDER BY id"
 	if err := tx.WithContext(ctx).Raw(statement, ids).Scan(&rows).Error; err != nil {
-		return err //nolint:wrapcheck // the caller says of what
+		return err
 	}
 	var memory scratch
 	for _, r := range rows {
@@ -230,7 +230,7 @@ func (t *Table) forgetOld(ctx context.Context, tx *gorm.DB, p *person, users map
 			}
 		}
 		if err := tx.WithContext(ctx).Exec("UPDATE "+t.Name+" SET "+strings.Join(set, ", ")+" WHERE id = ?", append(args, r.ID)...).Error; err != nil {
-			return err //nolint:wrapcheck // the caller says of what
+			return err
 		}
 	}
 	return nil
