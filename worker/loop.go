@@ -30,6 +30,7 @@ type loop struct {
 	broker  trouble // of the subscription
 	letters *letters
 	watch   *watch
+	last    position
 	outage  outage
 	proof   *proof
 	aside   chan *delivery // to the lane of events that take long
@@ -117,6 +118,7 @@ func (l *loop) consume(ctx context.Context) error {
 		return fmt.Errorf("pull from consumer %s: %w", l.handler.Name(), stream.Explain(err))
 	}
 	defer iter.Stop()
+	l.last.opened(consumer.CachedInfo())
 	if l.broker.check() != nil {
 		l.log.Info("broker is back, handler goes on")
 	}
@@ -185,6 +187,11 @@ func (l *loop) pump(ctx context.Context, iter jetstream.MessagesContext, fresh, 
 			l.broker.setTrouble(nil)
 		}
 		meta, err := msg.Metadata()
+		if err == nil {
+			if s := l.last.passed(meta); !s.empty() {
+				l.watch.skipped(s)
+			}
+		}
 		if err != nil || meta.NumDelivered == 1 {
 			if !fresh.put(ctx, msg) { // a batch may take longer than the broker's last words
 				l.giveBack(msg)

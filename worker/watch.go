@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 	"sync"
 	"time"
 
@@ -43,6 +44,7 @@ type watch struct {
 	freed   bool  // the other broker was let go at the look before
 	seen    seen  // also while the database cannot be asked
 	suspect kind  // of what the look before found, to be confirmed
+	skips         // of the broker
 }
 
 // mark is an event that was settled.
@@ -232,6 +234,7 @@ const (
 	wentBack       kind = "the stream went back"
 	cutOff         kind = "the first events are gone"
 	holes          kind = "events are gone"
+	skipped        kind = "events were skipped"
 )
 
 // finding is something that is missing.
@@ -240,6 +243,8 @@ type finding struct {
 	text     string // what and since when, without what to do
 	events   int64
 	from, to uint64 // what the database lacks and the stream has; 0 for what the stream lacks
+
+	held []uint64 // what the broker holds in flight for ever, since it cannot read it
 }
 
 // look compares once. suspected: something was found and is to be looked at again before it is told.
@@ -287,6 +292,9 @@ func (w *watch) look(ctx context.Context) (suspected bool, err error) {
 		row.LastSeq = max(row.LastSeq, before.lastSeq)
 	}
 	found, err := w.compare(ctx, s, info, c, row, &next)
+	if found == nil && err == nil {
+		found, err = w.compareSkipped(ctx, s, info, c, row, &next)
+	}
 	if err != nil {
 		// What cannot be compared now, as while the delivery log is unusable, may be lost before it can be.
 		return false, errors.Join(err, w.advance(ctx, seen{next.StreamID, next.LastSeq}))
@@ -299,6 +307,9 @@ func (w *watch) look(ctx context.Context) (suspected bool, err error) {
 	}
 	if err := w.write(ctx, s, row, &next, found, int64(info.State.FirstSeq), now); err != nil {
 		return false, err
+	}
+	if found != nil {
+		w.giveUp(found.held)
 	}
 	w.mu.Lock()
 	w.old = w.sample
@@ -522,6 +533,7 @@ func (w *watch) write(ctx context.Context, s jetstream.Stream, row, next *watchR
 		}
 		next.Gap, next.GapEvents, next.GapFrom, next.GapTo, next.GapFoundAt = have.Gap, have.GapEvents, have.GapFrom, have.GapTo, have.GapFoundAt
 		switch {
+		case found != nil && found.kind == skipped && strings.Contains(have.Gap, found.text): // another process has told it
 		case found != nil:
 			next.add(found, now)
 			if err := next.tell(tx, w.alerts); err != nil {
@@ -548,6 +560,14 @@ func (w *watch) write(ctx context.Context, s jetstream.Stream, row, next *watchR
 	defer w.mu.Unlock()
 	if found != nil { // what is missing is known: another event is to be lost before it is told of again
 		w.sample, w.old = nil, nil
+		switch found.kind {
+		case skipped:
+			w.told = append(w.told, w.suspects...)
+		case databaseBehind, recreated, wentBack: // which explains what else is missing
+			w.spans, w.told = nil, nil
+		case cutOff, holes:
+		}
+		w.suspects = nil
 	}
 	if result.Handler == "" {
 		return nil

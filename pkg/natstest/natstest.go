@@ -2,10 +2,12 @@
 package natstest
 
 import (
+	"bytes"
 	"context"
 	"net"
 	"net/url"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -172,6 +174,32 @@ func (s *Server) Stop() {
 		s.srv.WaitForShutdown()
 		s.srv = nil
 	}
+}
+
+// Damage flips a bit in the record of the stream's message that holds text, while the server is stopped.
+func (s *Server) Damage(stream, text string) {
+	s.t.Helper()
+	if s.srv != nil {
+		s.t.Fatal("the server runs")
+	}
+	files, err := filepath.Glob(filepath.Join(s.opts.StoreDir, "jetstream", "*", "streams", stream, "msgs", "*.blk"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	for _, name := range files {
+		data, err := os.ReadFile(name)
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		if at := bytes.Index(data, []byte(text)); at >= 0 {
+			data[at] ^= 1
+			if err := os.WriteFile(name, data, 0o600); err != nil {
+				s.t.Fatal(err)
+			}
+			return
+		}
+	}
+	s.t.Fatalf("no message of %s holds %s", stream, text)
 }
 
 // MaxPayload changes what the server takes from its next Start on.

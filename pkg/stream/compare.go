@@ -328,15 +328,15 @@ func sameSet(a, b []string) bool {
 // coversAll reports whether every subject is matched by one of the patterns.
 func coversAll(patterns, subjects []string) bool {
 	for _, subject := range subjects {
-		if !slices.ContainsFunc(patterns, func(p string) bool { return covers(p, subject) }) {
+		if !slices.ContainsFunc(patterns, func(p string) bool { return Covers(p, subject) }) {
 			return false
 		}
 	}
 	return true
 }
 
-// covers reports whether a pattern matches every subject that another one does.
-func covers(pattern, subject string) bool {
+// Covers reports whether a pattern matches every subject that another one does.
+func Covers(pattern, subject string) bool {
 	p, s := strings.Split(pattern, "."), strings.Split(subject, ".")
 	for i, token := range p {
 		switch {
