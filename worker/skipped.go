@@ -164,7 +164,7 @@ func (w *watch) noteSkipped(info *jetstream.StreamInfo, c *jetstream.ConsumerInf
 		w.held, w.heldSince = c.AckFloor.Stream, time.Now()
 	} else if time.Since(w.heldSince) > c.Config.AckWait {
 		w.heldSince = time.Now()
-		w.note(span{w.held + 1, min(w.held+10*skippedALook, c.Delivered.Stream)})
+		w.note(span{w.held + 1, min(w.held+skippedALook, c.Delivered.Stream)})
 	}
 }
 
