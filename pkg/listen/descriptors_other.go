@@ -2,5 +2,5 @@
 
 package listen
 
-// descriptors: no limit of this kind is known here.
-func descriptors() int { return 1 << 16 }
+// Descriptors: no limit of this kind is known here.
+func Descriptors() int { return 1 << 16 }

@@ -7,8 +7,8 @@ import (
 	"syscall"
 )
 
-// descriptors is how many files and connections this process may have open. Go has raised the soft limit to the hard one at the start.
-func descriptors() int {
+// Descriptors is how many files and connections this process may have open. Go has raised the soft limit to the hard one at the start.
+func Descriptors() int {
 	var limit syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
 		return 1024 // what a shell gives

@@ -83,7 +83,7 @@ func Open(addr string, o Options) (*Listener, error) {
 		return zapcore.NewSamplerWithOptions(c, time.Second, 5, 1000)
 	}))
 	if o.descriptors == 0 {
-		o.descriptors = descriptors()
+		o.descriptors = Descriptors()
 	}
 	l.most = max(min(o.descriptors/o.Share, o.Most), 1)
 	l.perAddress = max(l.most/2, 1)

@@ -16,6 +16,7 @@ import (
 	"go.uber.org/zap"
 	"golang.org/x/crypto/bcrypt"
 
+	"github.com/usherhq/usher/pkg/listen"
 	"github.com/usherhq/usher/pkg/observe"
 	"github.com/usherhq/usher/pkg/stream"
 )
@@ -49,7 +50,9 @@ func startBroker(cfg brokerConfig, log *zap.Logger) (*server.Server, error) {
 		JetStreamMaxStore: maxStore, JetStreamMaxMemory: 64 << 20,
 		// The largest body that ingest takes must fit with its headers.
 		MaxPayload: 1<<20 + stream.HeaderRoom,
-		Username:   brokerUser, Password: string(hash),
+		// Of this machine, and those of the process itself: they leave descriptors to its files too.
+		MaxConn:  min(max(listen.Descriptors()/8, 64), 1024),
+		Username: brokerUser, Password: string(hash),
 		NoSigs: true,
 	}
 	srv, err := server.NewServer(opts)

@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	mathrand "math/rand/v2"
-	"net"
 	"net/http"
 	"os"
 	"time"
@@ -18,6 +17,7 @@ import (
 
 	"github.com/usherhq/usher/cli/internal/allinone"
 	"github.com/usherhq/usher/pkg/emulator"
+	"github.com/usherhq/usher/pkg/listen"
 )
 
 type devOptions struct {
@@ -102,7 +102,7 @@ func (c *cli) runDev(ctx context.Context, o devOptions) (err error) {
 		clerk = emulator.New(emulator.Config{Seed: o.seed, InstanceID: settings.ClerkInstanceID, Start: time.Now().Add(-o.before()), NULs: true})
 		cfg.ClerkSecretKey = "sk_test_" + base64.RawURLEncoding.EncodeToString(key)
 		var stop func()
-		if cfg.ClerkAPIURL, stop, err = serveClerk(ctx, clerk, cfg.ClerkSecretKey); err != nil {
+		if cfg.ClerkAPIURL, stop, err = serveClerk(clerk, cfg.ClerkSecretKey); err != nil {
 			return err
 		}
 		defer stop()
@@ -134,12 +134,13 @@ func (c *cli) runDev(ctx context.Context, o devOptions) (err error) {
 
 // serveClerk serves the Backend API of an emulated Clerk on a loopback port, so that `usher verify` can compare a demo's mirror
 // with it.
-func serveClerk(ctx context.Context, clerk *emulator.Clerk, key string) (url string, stop func(), err error) {
-	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", "127.0.0.1:0")
+func serveClerk(clerk *emulator.Clerk, key string) (url string, stop func(), err error) {
+	listener, err := listen.Open("127.0.0.1:0", listen.Options{Name: "clerk", Share: 16, Most: 64})
 	if err != nil {
 		return "", nil, fmt.Errorf("serve the emulated Clerk: %w", err)
 	}
 	server := &http.Server{Handler: clerk.API(emulator.APIConfig{Key: key}), ReadHeaderTimeout: 5 * time.Second}
+	listener.Attach(server)
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
