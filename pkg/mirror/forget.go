@@ -14,9 +14,11 @@ import (
 
 // Who is deleted is not named any more. The tombstone of a user keeps its id alone. What other objects say of the user (a name, an address,
 // where a session was) is taken out of raw, and so of the columns that follow from it: of objects that were made before the user's newest
-// delete, whether that delete won or not, and of all while the user is deleted. last_deleted_at of a user is that newest delete. So which rows
-// are nameless does not depend on the order of arrival, but for one case: of a user who was deleted by mistake and returned, what was made after
-// the delete and came before the return stays nameless until its next event.
+// delete or within forgetFor of it, whether that delete won or not. last_deleted_at of a user is that newest delete. So which rows are nameless
+// does not depend on the order of arrival, also where a user who was deleted by mistake returns.
+
+// forgetFor is how long after a delete objects are made that are still of the deleted user: a payment that was under way, say.
+const forgetFor = 30 * 24 * time.Hour
 
 // person is a column of a table that names a user, and what is kept of those members of raw that name the user otherwise. A member of which
 // nothing is kept is left out.
@@ -102,12 +104,13 @@ func Nameless(table, raw string) []string {
 // forgotten is a user of whom a delete was seen.
 type forgotten struct {
 	source string
-	last   time.Time
-	gone   bool // now
+	last   time.Time // delete
 }
 
 // names reports whether an object of the user that was made then still names the user.
-func (f *forgotten) names(made *time.Time) bool { return !f.gone && made != nil && made.After(f.last) }
+func (f *forgotten) names(made *time.Time) bool {
+	return made != nil && made.After(f.last.Add(forgetFor))
+}
 
 // noteDeletes notes the deletes of users of the batch, be they older than the row or not, and returns the users of whom they are news.
 func (s states) noteDeletes(ctx context.Context, tx *gorm.DB) (ids []string, err error) {
@@ -133,7 +136,7 @@ func forgottenUsers(ctx context.Context, tx *gorm.DB, ids []string) (map[string]
 	if len(ids) == 0 {
 		return found, nil
 	}
-	rows, err := query(ctx, tx, "SELECT id, source, last_deleted_at, deleted_at IS NOT NULL FROM users WHERE last_deleted_at IS NOT NULL AND id", ids)
+	rows, err := query(ctx, tx, "SELECT id, source, last_deleted_at FROM users WHERE last_deleted_at IS NOT NULL AND id", ids)
 	if err != nil {
 		return nil, fmt.Errorf("read users: %w", err)
 	}
@@ -141,7 +144,7 @@ func forgottenUsers(ctx context.Context, tx *gorm.DB, ids []string) (map[string]
 	for rows.Next() {
 		var id string
 		f := &forgotten{}
-		if err := rows.Scan(&id, &f.source, &f.last, &f.gone); err != nil {
+		if err := rows.Scan(&id, &f.source, &f.last); err != nil {
 			return nil, fmt.Errorf("read users: %w", err)
 		}
 		found[id] = f

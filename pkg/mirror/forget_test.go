@@ -6,6 +6,7 @@ import (
 	"slices"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -74,11 +75,11 @@ func TestADeleteThatLosesForgetsWhatWasMadeBefore(t *testing.T) {
 		return decode(t, "msg_"+id, bodyOf(t, "session.created", made, map[string]any{"id": id, "user_id": "user_1", "status": "active", "created_at": made, "updated_at": made, "latest_activity": map[string]any{"ip_address": "192.0.2.1"}}))
 	}
 	events := []event.Event{
-		session("sess_before", at), gone(t, "user", "user_1", at+10), back(t, "user", "user_1", at+20), session("sess_after", at+30),
+		session("sess_before", at), gone(t, "user", "user_1", at+10), back(t, "user", "user_1", at+20), session("sess_soon", at+30), session("sess_after", at+31*24*time.Hour.Milliseconds()),
 		of("other", session("sess_others", at)),
 	}
 	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {
-		for _, order := range [][]int{{0, 1, 2, 3, 4}, {4, 3, 2, 1, 0}, {2, 3, 0, 4, 1}, {1, 2, 0, 3, 4}} {
+		for _, order := range [][]int{{0, 1, 2, 3, 4, 5}, {5, 4, 3, 2, 1, 0}, {2, 3, 0, 4, 5, 1}, {1, 3, 4, 2, 0, 5}} {
 			tx := db.Begin()
 			require.NoError(t, tx.Error)
 			for _, i := range order {
