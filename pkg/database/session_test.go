@@ -40,8 +40,8 @@ func hostileDefaults(t *testing.T, address string) {
 	var name, user string
 	require.NoError(t, admin.Raw("SELECT current_database(), current_user").Row().Scan(&name, &user))
 	for _, set := range []string{
-		"synchronous_commit = off", "default_transaction_isolation = serializable", "statement_timeout = '50ms'",
-		"idle_in_transaction_session_timeout = '50ms'", "client_encoding = LATIN1", "timezone = 'Asia/Tokyo'", "search_path = public",
+		"synchronous_commit = off", "default_transaction_isolation = serializable", "statement_timeout = '10s'",
+		"idle_in_transaction_session_timeout = '10s'", "client_encoding = LATIN1", "timezone = 'Asia/Tokyo'", "search_path = public",
 	} {
 		require.NoError(t, admin.Exec(fmt.Sprintf("ALTER DATABASE %s SET %s", name, set)).Error)
 		require.NoError(t, admin.Exec(fmt.Sprintf("ALTER ROLE %s IN DATABASE %s SET %s", user, name, set)).Error)

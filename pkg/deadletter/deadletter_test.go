@@ -411,8 +411,7 @@ func TestLargeLettersAreHeldAFewAtATime(t *testing.T) {
 		assert.Greater(t, m.most, replay.PageBytes/2, "several at a time")
 		assert.Zero(t, m.held)
 	}
-	t.Run("Replay", func(t *testing.T) {
-		t.Parallel()
+	t.Run("Replay", func(t *testing.T) { //nolint:paralleltest // each holds some 20 MiB at the broker
 		db, m := setup(t)
 		result, err := deadletter.Replay(t.Context(), m, db, deadletter.Filter{}, replay.Options{StopAt: 1}, nil)
 		require.NoError(t, err)
@@ -422,16 +421,14 @@ func TestLargeLettersAreHeldAFewAtATime(t *testing.T) {
 		require.NoError(t, err)
 		assert.EqualValues(t, n, s.CachedInfo().State.Msgs)
 	})
-	t.Run("Discard", func(t *testing.T) {
-		t.Parallel()
+	t.Run("Discard", func(t *testing.T) { //nolint:paralleltest // each holds some 20 MiB at the broker
 		db, m := setup(t)
 		result, err := deadletter.Discard(t.Context(), m, db, deadletter.Filter{}, replay.Outage{}, nil)
 		require.NoError(t, err)
 		assert.Equal(t, deadletter.Result{Selected: n, Discarded: n}, result)
 		bounded(t, m)
 	})
-	t.Run("Each", func(t *testing.T) {
-		t.Parallel()
+	t.Run("Each", func(t *testing.T) { //nolint:paralleltest // each holds some 20 MiB at the broker
 		db, m := setup(t)
 		var seen []string
 		require.NoError(t, deadletter.Each(t.Context(), m, db, deadletter.Filter{}, func(e deadletter.Entry, r *deadletter.Record) error {
