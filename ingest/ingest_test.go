@@ -330,7 +330,9 @@ func TestBodiesInMemoryAreBounded(t *testing.T) {
 
 func TestABurstOfLargeBodiesWaitsForRoom(t *testing.T) {
 	t.Parallel()
-	b := setup(t, func(c *Config, _ *Deps) { c.MaxBodyBytesInFlight, c.roomWait, c.BodyTimeout = 4<<20, time.Minute, time.Minute })
+	b := setup(t, func(c *Config, _ *Deps) {
+		c.MaxBodyBytesInFlight, c.roomWait, c.BodyTimeout = 4<<20, time.Minute, time.Minute
+	})
 	var group sync.WaitGroup
 	for i := range 20 {
 		group.Go(func() {
