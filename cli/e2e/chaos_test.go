@@ -348,7 +348,7 @@ func TestWorkerBrokerAndIngestKilledAtRandom(t *testing.T) {
 	t.Parallel()
 	c := newCluster(t, dbtest.EmptyPostgresURL(t), 5*time.Second)
 	c.ready()
-	clerk := emulator.New(emulator.Config{Seed: rand.Uint64()})
+	clerk := newClerk()
 	load := startLoad(t, c.webhooks, clerk)
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
@@ -383,7 +383,7 @@ func TestOutagesUnderLoad(t *testing.T) {
 	c.ready()
 	load, err := emulator.NewLoad(emulator.LoadConfig{URL: c.webhooks, Secret: secret, Rate: rate, Connections: 32, Pause: 250 * time.Millisecond, GiveUp: time.Hour})
 	require.NoError(t, err)
-	clerk := emulator.New(emulator.Config{Seed: rand.Uint64()})
+	clerk := newClerk()
 	stop, done := make(chan struct{}), make(chan error, 1)
 	var report emulator.LoadReport
 	go func() {
@@ -474,7 +474,7 @@ func TestOutagesUnderLoad(t *testing.T) {
 
 // postOne sends one event of another Clerk and returns the status of the answer.
 func postOne(url string) (int, error) {
-	for e := range emulator.New(emulator.Config{Seed: rand.Uint64()}).Story(1) {
+	for e := range newClerk().Story(1) {
 		return send(url, e)
 	}
 	return 0, errors.New("no event")

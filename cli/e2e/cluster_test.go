@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -31,7 +30,7 @@ func TestThreeBrokersUnderLoad(t *testing.T) {
 	}
 	freeze, err := time.ParseDuration(text)
 	require.NoError(t, err)
-	clerk := emulator.New(emulator.Config{Seed: rand.Uint64()})
+	clerk := newClerk()
 	api := httptest.NewServer(clerk.API(emulator.APIConfig{Key: "sk_live_e2e"}))
 	t.Cleanup(api.Close)
 	c := newClusterOf(t, clusterConfig{

@@ -1,7 +1,6 @@
 package e2e
 
 import (
-	"math/rand/v2"
 	"testing"
 	"time"
 
@@ -9,7 +8,6 @@ import (
 
 	"github.com/usherhq/usher/pkg/database"
 	"github.com/usherhq/usher/pkg/dbtest"
-	"github.com/usherhq/usher/pkg/emulator"
 )
 
 // TestCrashesOfADatabaseThatCommitsLater crashes a PostgreSQL three times (an immediate stop, as of pg_ctl) whose defaults let it confirm a
@@ -29,7 +27,7 @@ func TestCrashesOfADatabaseThatCommitsLater(t *testing.T) {
 	require.NoError(t, database.Close(admin))
 	c := newCluster(t, url, 5*time.Second)
 	c.ready()
-	clerk := emulator.New(emulator.Config{Seed: rand.Uint64()})
+	clerk := newClerk()
 	load := startLoadWith(t, c.webhooks, clerk, loadOptions{pace: time.Second / 300})
 	const events, crashes = 1500, 3
 	for range crashes {

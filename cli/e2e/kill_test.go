@@ -50,7 +50,7 @@ func killTest(t *testing.T, databaseURL string) {
 		"CLERK_WEBHOOK_SIGNING_SECRET=" + secret, "USHER_DATA_DIR=" + dataDir, "USHER_DATABASE_URL=" + databaseURL,
 		"USHER_INGEST_ADDR=" + addr, "USHER_CONSOLE_ADDR=127.0.0.1:0", "USHER_OPS_ADDR=127.0.0.1:0", "USHER_LOG_LEVEL=warn",
 	}
-	clerk := emulator.New(emulator.Config{Seed: rand.Uint64()})
+	clerk := newClerk()
 	load := startLoad(t, "http://"+addr+"/webhooks/clerk", clerk)
 
 	seed := rand.Uint64()

@@ -27,7 +27,6 @@ import (
 	"github.com/usherhq/usher/cli/internal/allinone"
 	"github.com/usherhq/usher/pkg/database"
 	"github.com/usherhq/usher/pkg/dbtest"
-	"github.com/usherhq/usher/pkg/emulator"
 	"github.com/usherhq/usher/pkg/stream"
 )
 
@@ -161,7 +160,7 @@ func powerCutTest(t *testing.T, d *disk, databaseURL string, powerOff, powerOn f
 		}
 	})
 	d.sync()
-	clerk := emulator.New(emulator.Config{Seed: rand.Uint64()})
+	clerk := newClerk()
 	load := startLoadWith(t, "http://"+addr+"/webhooks/clerk", clerk, loadOptions{junk: true, pace: 3 * time.Millisecond})
 
 	lost := func(answered map[string]bool) (missing int) {
@@ -234,7 +233,7 @@ func TestPowerCutOfThreeBrokersLosesNothing(t *testing.T) {
 	d := newDisk(t)
 	c := newClusterOf(t, clusterConfig{databaseURL: dbtest.EmptyPostgresURL(t), ackWait: 5 * time.Second, brokers: 3, store: d.dir})
 	c.ready()
-	clerk := emulator.New(emulator.Config{Seed: rand.Uint64()})
+	clerk := newClerk()
 	load := startLoadWith(t, c.webhooks, clerk, loadOptions{junk: true, pace: 3 * time.Millisecond})
 	for range n {
 		d.moment(load)

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -23,11 +24,18 @@ import (
 	"github.com/usherhq/usher/cli/e2e/internal/powercut"
 	"github.com/usherhq/usher/cli/e2e/internal/strangers"
 	"github.com/usherhq/usher/pkg/dbtest"
+	"github.com/usherhq/usher/pkg/emulator"
 )
 
 const diskEnv = "USHER_E2E_DISK" // folder at which a process of the tests serves a disk
 
 const secret = "whsec_MTIzNDU2Nzg5MDEyMzQ1Njc4OTAxMjM0"
+
+// newClerk is a Clerk of any seed whose story may last long: its clock runs ahead of ours, and what is dated after tomorrow is applied by the
+// time of its receipt.
+func newClerk() *emulator.Clerk {
+	return emulator.New(emulator.Config{Seed: rand.Uint64(), Start: time.Now().AddDate(-10, 0, 0)})
+}
 
 // binary is the usher program, built once for all tests.
 var binary = sync.OnceValues(func() (string, error) {
