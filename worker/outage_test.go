@@ -672,8 +672,26 @@ func TestDeadlocksAreRetriedAndReachNobody(t *testing.T) {
 	for i := range 10 {
 		require.NoError(t, db.Exec("INSERT INTO tally VALUES (?, 0)", fmt.Sprint(i)).Error)
 	}
+	var entered atomic.Int64
+	both := make(chan struct{})
 	r := newRig(t, db, worker.Config{BatchSize: 50, Concurrency: 2}, func(h worker.Handler) worker.Handler {
 		return faults.New("effects", func(ctx context.Context, tx *gorm.DB, batch []event.Event) error {
+			if turn := entered.Add(1); turn <= 2 { // the first two surely wait for each other
+				if err := tx.Exec("UPDATE tally SET n = n + 1 WHERE id = ?", fmt.Sprint(turn-1)).Error; err != nil {
+					return err
+				}
+				if turn == 2 {
+					close(both)
+				}
+				select {
+				case <-both:
+				case <-ctx.Done():
+					return ctx.Err()
+				}
+				if err := tx.Exec("UPDATE tally SET n = n + 1 WHERE id = ?", fmt.Sprint(2-turn)).Error; err != nil {
+					return err
+				}
+			}
 			for _, id := range rand.Perm(10)[:4] {
 				if err := tx.Exec("UPDATE tally SET n = n + 1 WHERE id = ?", fmt.Sprint(id)).Error; err != nil {
 					return err
