@@ -209,7 +209,7 @@ func (c *Console) guard(routes []route) http.Handler {
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h := w.Header()
-		h.Set("Content-Security-Policy", "default-src 'none'; style-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'")
+		h.Set("Content-Security-Policy", policy("self"))
 		h.Set("X-Content-Type-Options", "nosniff")
 		h.Set("X-Frame-Options", "DENY")
 		h.Set("Referrer-Policy", "same-origin") // with no-referrer a form of ours would be sent with Origin: null
@@ -274,9 +274,13 @@ var loginStyle, loginPolicy = func() (template.CSS, string) {
 		panic(err) // embedded
 	}
 	sum := sha256.Sum256(css)
-	return template.CSS(css), "default-src 'none'; style-src 'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) + //nolint:gosec // our own file
-		"'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+	return template.CSS(css), policy("sha256-" + base64.StdEncoding.EncodeToString(sum[:])) //nolint:gosec // our own file
 }()
+
+// policy is the Content-Security-Policy of a page whose styles come from style.
+func policy(style string) string {
+	return "default-src 'none'; style-src '" + style + "'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+}
 
 // loginForm answers with the login page. Its status is 401: nothing of Usher is shown.
 func (c *Console) loginForm(w http.ResponseWriter, form loginForm) {

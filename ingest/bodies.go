@@ -60,7 +60,7 @@ type body struct {
 	ended  result    // why it is not read any further; empty while it is
 }
 
-// begin takes the memory for the first bytes of a body. The result is empty, or why there is none. done must be called in any case.
+// begin takes the memory for the first bytes of a body. The result is empty, or why it could not. done must be called in any case.
 func (s *bodies) begin(rc *http.ResponseController, size int64) (*body, result) {
 	b := &body{rc: rc, start: time.Now()}
 	s.mu.Lock()

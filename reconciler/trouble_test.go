@@ -54,7 +54,7 @@ func isUsersPage(r *http.Request) bool {
 	return r.URL.Path == "/v1/users" && isPage(r)
 }
 
-// isPage tells whether a request is for a page of a list.
+// isPage reports whether a request is for a page of a list.
 func isPage(r *http.Request) bool { return r.URL.Query().Get("limit") == strconv.Itoa(page) }
 
 func TestTroubleHalfWayThroughASweepCostsTimeOnly(t *testing.T) {

@@ -48,7 +48,7 @@ func New(address, token string) (*Client, error) {
 }
 
 // Local makes a client of the `usher dev` or `usher serve` that runs on a data folder of this machine, such as "./usher-data", with the admin
-// token that it made. Where USHER_ADMIN_TOKEN is set there is none: use [New].
+// token that it made. Where USHER_ADMIN_TOKEN is set no token was made: use [New].
 func Local(dataDir string) (*Client, error) {
 	body, err := os.ReadFile(filepath.Join(dataDir, "usher.json"))
 	if err != nil {

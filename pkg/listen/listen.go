@@ -1,13 +1,14 @@
 // Package listen opens the listeners of every service so that strangers do no harm: connections are bounded well below the
 // process's limit of descriptors, so that broker and database can always open their files, and per address.
 //
-// It guarantees that a new connection finds a place as long as one is held by somebody who has not shown that they may be
+// It guarantees that a new connection finds a place as long as one is held by a sender who has not shown that they may be
 // here: first goes who only waits and had time to ask, then the longest request of a stranger, then an idle
 // connection of a known sender. A known sender's request that is being answered is never interrupted. It does not judge requests:
 // the services do, and call [Known] for those that they believe.
 package listen
 
 import (
+	"cmp"
 	"container/list"
 	"context"
 	"fmt"
@@ -144,7 +145,7 @@ func (l *Listener) Attach(server *http.Server) {
 	}
 }
 
-// Known tells the listener that a request is of somebody who may be here: its connection is then the last to be dropped.
+// Known tells the listener that a request is of a sender who may be here: its connection is then the last to be dropped.
 func Known(r *http.Request) {
 	if c, ok := r.Context().Value(connKey{}).(*conn); ok {
 		c.listener.known(c)
@@ -172,7 +173,7 @@ func (l *Listener) Accept() (net.Conn, error) {
 // less waits in the system's queue.
 const least = 20 * time.Millisecond
 
-// admit finds a place for a connection; nil means that there is none, and that it is closed. Before the next one is accepted, hasty
+// admit finds a place for a connection; nil means that it found no place, and closed the connection. Before the next one is accepted, hasty
 // must pass.
 func (l *Listener) admit(nc net.Conn) (_ net.Conn, hasty time.Duration) {
 	c := &conn{Conn: nc, listener: l}
@@ -215,10 +216,7 @@ func (l *Listener) admit(nc net.Conn) (_ net.Conn, hasty time.Duration) {
 		return c, 0
 	}
 	l.dropped[reason].Inc()
-	gone := victim
-	if gone == nil {
-		gone = c
-	}
+	gone := cmp.Or(victim, c)
 	_ = gone.Conn.Close()
 	l.log.Warn("connection dropped to make room for others: many are open, see usher_connections",
 		zap.String("reason", reason), zap.String("remote_addr", gone.remote.String()), zap.Int("max", l.most))
@@ -248,7 +246,7 @@ func (l *Listener) victim(address netip.Addr) *conn {
 	}
 }
 
-// oldest is the connection of an address, or of any, that is longest in a group; nil where there is none. The lock is held.
+// oldest is the connection of an address, or of any, that is longest in a group; nil for an empty group. The lock is held.
 func (l *Listener) oldest(group int, address netip.Addr) *conn {
 	for e := l.groups[group].Front(); e != nil; e = e.Next() {
 		if c := e.Value.(*conn); !address.IsValid() || c.address == address {

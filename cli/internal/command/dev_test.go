@@ -148,7 +148,7 @@ func TestDevTakesTheNextFreePort(t *testing.T) {
 
 	_, port, _ := net.SplitHostPort(address)
 	next := freeAddr(t.Context(), address, []string{port, "9999"})
-	assert.NotEqual(t, address, next, "somebody listens there")
+	assert.NotEqual(t, address, next, "another listener has it")
 	_, other, _ := net.SplitHostPort(next)
 	assert.NotEqual(t, next, freeAddr(t.Context(), address, []string{other}), "another listener is to have it")
 	assert.Equal(t, "127.0.0.1:0", freeAddr(t.Context(), "127.0.0.1:0", nil))

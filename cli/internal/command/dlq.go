@@ -165,7 +165,7 @@ type shownLetter struct {
 	deadletter.Entry
 	Headers  map[string]string `json:"headers"`   // of the letter; null where it is gone
 	Body     json.RawMessage   `json:"body"`      // as it was signed, messages redacted; a JSON string where it is no JSON, null where it is gone
-	BodyNote string            `json:"body_note"` // why there is none, or what was redacted
+	BodyNote string            `json:"body_note"` // why it is left out, or what was redacted
 }
 
 func (c *cli) dlqShow() *cobra.Command {

@@ -325,7 +325,7 @@ type shownEvent struct {
 	OriginalSeq uint64 `json:"original_seq"`
 
 	Body     json.RawMessage `json:"body"`      // as it was signed, messages redacted; a JSON string where it is no JSON, null where it is gone
-	BodyNote string          `json:"body_note"` // why there is none, or what was redacted
+	BodyNote string          `json:"body_note"` // why it is left out, or what was redacted
 }
 
 func (c *cli) eventsShow() *cobra.Command {

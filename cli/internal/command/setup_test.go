@@ -21,13 +21,8 @@ import (
 
 func TestSetupPlansThenCreatesThenFindsNothingToDo(t *testing.T) {
 	t.Parallel()
-	eachDatabase(t, func(t *testing.T, url string) {
+	each := func(t *testing.T, url string) {
 		t.Helper()
-		if strings.HasPrefix(url, "sqlite:") {
-			url = dbtest.EmptySQLiteURL(t)
-		} else {
-			url = dbtest.EmptyPostgresURL(t)
-		}
 		srv := natstest.New(t)
 		h := newHarness(t, "USHER_NATS_URL="+srv.URL(), "USHER_DATABASE_URL="+url)
 
@@ -59,7 +54,13 @@ func TestSetupPlansThenCreatesThenFindsNothingToDo(t *testing.T) {
 		assert.Regexp(t, `migrations +all applied before`, again)
 		assert.Regexp(t, `stream CLERK_EVENTS +present`, again)
 		assert.NotContains(t, again, "created")
-	})
+	}
+	for name, empty := range map[string]func(testing.TB) string{"sqlite": dbtest.EmptySQLiteURL, "postgres": dbtest.EmptyPostgresURL} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			each(t, empty(t))
+		})
+	}
 }
 
 func TestSetupAsksWhetherTheBrokerSyncs(t *testing.T) {
