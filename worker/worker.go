@@ -181,6 +181,7 @@ func (w *Worker) Run(ctx context.Context) error {
 		w.deps.Health.Add("stream of "+name, one.check)
 	}
 	w.deps.Health.AddDetail("stream", w.fill.check)
+	w.deps.Health.AddDetail("foreign keys", w.database.Foreign)
 	w.deps.Health.Add("dead letters", func() error { return cmp.Or(w.letters.check(), w.setups.letters.check()) })
 	if err := w.waitForDatabase(ctx); err != nil {
 		return err

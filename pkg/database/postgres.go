@@ -135,8 +135,8 @@ func (c *pgConnector) look(ctx context.Context, pool *sql.DB) error {
 	return nil
 }
 
-// Warnings names what of the URL is ignored, that a pooler is in front of the server, and settings of the server under which
-// rows of acknowledged events can be lost or look other than expected, and which are not Usher's to change: in words that say what to do.
+// Warnings names what of the URL is ignored, that a pooler is in front of the server, settings of the server under which
+// rows of acknowledged events can be lost or look other than expected, and [ForeignKeys], none of which are Usher's to change: in words that say what to do.
 // None for SQLite.
 func Warnings(ctx context.Context, db *gorm.DB) ([]string, error) {
 	d, ok := db.Dialector.(pgDialector)
@@ -165,6 +165,13 @@ func Warnings(ctx context.Context, db *gorm.DB) ([]string, error) {
 	if d.connector.pooled.Load() {
 		warnings = append(warnings, "a pooler in front of PostgreSQL keeps no settings of a connection: Usher sets its own in every transaction and uses no prepared statements; "+
 			"naming the server itself in "+d.connector.url.setting+" saves round trips")
+	}
+	keys, err := ForeignKeys(ctx, db)
+	if err != nil {
+		return warnings, err
+	}
+	for _, k := range keys {
+		warnings = append(warnings, k.String())
 	}
 	return warnings, nil
 }

@@ -213,17 +213,22 @@ type Watch struct {
 	db     *gorm.DB
 	writes []string
 	last   atomic.Pointer[error]
+	keys   atomic.Pointer[error] // foreign keys that are fatal
 }
 
 // NewWatch looks at nothing before Run. writes are the tables that the service writes.
 func NewWatch(db *gorm.DB, writes ...string) *Watch {
 	w := &Watch{db: db, writes: writes}
 	w.last.Store(&errNotLooked)
+	w.keys.Store(new(error))
 	return w
 }
 
 // Check is the last answer, from memory.
 func (w *Watch) Check() error { return *w.last.Load() }
+
+// Foreign names the [ForeignKeys] on Usher's tables, nil for none: a detail of readiness, since only events in an unlucky order fail.
+func (w *Watch) Foreign() error { return *w.keys.Load() }
 
 // Run looks at once, and then every five seconds until ctx is done.
 func (w *Watch) Run(ctx context.Context) {
@@ -243,6 +248,13 @@ func (w *Watch) look(ctx context.Context) {
 	look, cancel := context.WithTimeout(ctx, probeEvery)
 	defer cancel()
 	err := Probe(look, w.db, w.writes...)
+	if err == nil {
+		var keys []ForeignKey
+		if keys, err = ForeignKeys(look, w.db); err == nil {
+			trouble := foreignTrouble(keys)
+			w.keys.Store(&trouble)
+		}
+	}
 	if ctx.Err() != nil {
 		return // nobody asks any more
 	}

@@ -17,6 +17,8 @@ type SetupReport struct {
 	Broker     *stream.Durability `json:"broker,omitempty"` // whether it syncs; Setup does not ask
 	Migrations Migrations         `json:"migrations"`
 	Streams    Streams            `json:"streams"`
+	// ForeignKeys are those that others made on Usher's tables, or to them. Nothing changes them.
+	ForeignKeys []database.ForeignKey `json:"foreign_keys"`
 }
 
 // Migrations of the database, by name and in order.
@@ -48,8 +50,9 @@ const (
 // holds what was done before it.
 func Setup(ctx context.Context, db *gorm.DB, js jetstream.JetStream, topology stream.Topology, how Mode) (SetupReport, error) {
 	report := SetupReport{
-		Migrations: Migrations{Applied: []string{}, Pending: []string{}},
-		Streams:    Streams{Present: []string{}, Created: []string{}, Missing: []string{}, Differences: []stream.Difference{}, Changed: []stream.Difference{}},
+		Migrations:  Migrations{Applied: []string{}, Pending: []string{}},
+		Streams:     Streams{Present: []string{}, Created: []string{}, Missing: []string{}, Differences: []stream.Difference{}, Changed: []stream.Difference{}},
+		ForeignKeys: []database.ForeignKey{},
 	}
 	// The broker is asked before the database is changed: a setup that cannot end should not begin.
 	found, err := topology.Check(ctx, js)
@@ -62,6 +65,11 @@ func Setup(ctx context.Context, db *gorm.DB, js jetstream.JetStream, topology st
 		return report, fmt.Errorf("check migrations: %w", err)
 	}
 	report.Migrations.Pending = append(report.Migrations.Pending, pending...)
+	keys, err := database.ForeignKeys(ctx, db)
+	if err != nil {
+		return report, err
+	}
+	report.ForeignKeys = append(report.ForeignKeys, keys...)
 	if how == Plan {
 		return report, nil
 	}

@@ -32,6 +32,8 @@ func (c *cli) setup() *cobra.Command {
 			"With --apply differences are changed where the broker changes them in place; for the others setup says what to do.\n" +
 			"dev and serve do the same when they start, with their own broker as --apply does. It asks whether the broker\n" +
 			"syncs to disk before it confirms an event, and refuses one that does not (USHER_ALLOW_UNSYNCED_BROKER=true takes it).\n\n" +
+			"Foreign keys that others made on Usher's tables are named, with what to do: they break the rule that events may come\n" +
+			"in any order. Nothing changes them.\n\n" +
 			"Exit code 0: everything is as wanted. 1: differences remain. 2: it could not check. With --plan nothing is\n" +
 			"changed, and the exit code is 0 whatever is found.\n\n" +
 			"With --accept-loss it only ends the workers' alert that broker or database have lost events, once you have seen to\n" +
@@ -69,7 +71,11 @@ func (c *cli) setup() *cobra.Command {
 				return err
 			}
 			warnDurability(c.env.Stderr, *report.Broker)
+			broken := slices.ContainsFunc(report.ForeignKeys, func(k database.ForeignKey) bool { return k.Fatal })
 			if len(report.Streams.Differences) == 0 {
+				if broken && !plan {
+					return errNo
+				}
 				return nil
 			}
 			_, _ = fmt.Fprintf(c.env.Stderr, "%d field(s) of existing streams or consumers differ and were not changed", len(report.Streams.Differences))
@@ -214,6 +220,9 @@ func printSetup(w io.Writer, o output, report allinone.SetupReport, plan bool) e
 	}
 	if len(report.Migrations.Applied)+len(report.Migrations.Pending) == 0 {
 		t.row("migrations", "all applied before")
+	}
+	for _, k := range report.ForeignKeys {
+		t.row("foreign key "+k.Constraint+" of "+k.Table, map[bool]string{true: "in the way of events, see the warning", false: "in the way of the application, see the warning"}[k.Fatal])
 	}
 	differing := map[string]bool{}
 	for _, d := range report.Streams.Differences {

@@ -186,3 +186,28 @@ func TestSetupThatCannotCheckIsWrongUse(t *testing.T) {
 		})
 	}
 }
+
+func TestSetupNamesForeignKeysOfOthers(t *testing.T) {
+	t.Parallel()
+	srv, url := natstest.New(t), dbtest.PostgresURL(t)
+	h := newHarness(t, "USHER_NATS_URL="+srv.URL(), "USHER_DATABASE_URL="+url)
+	report := into[allinone.SetupReport](h.Run("setup", "-o", "json").want(exitOK))
+	assert.NotNil(t, report.ForeignKeys)
+	assert.Empty(t, report.ForeignKeys)
+
+	db := openDatabase(t, url)
+	require.NoError(t, db.Exec(`CREATE TABLE public."Post" (id text PRIMARY KEY, author text CONSTRAINT "Post_author_fkey" REFERENCES users (id))`).Error)
+	outside := h.Run("setup").want(exitOK)
+	assert.Regexp(t, `foreign key Post_author_fkey of public."Post" +in the way of the application`, outside.out)
+	assert.Contains(t, outside.err, `keep the id in a plain column: ALTER TABLE public."Post" DROP CONSTRAINT "Post_author_fkey"`)
+
+	require.NoError(t, db.Exec("ALTER TABLE sessions ADD CONSTRAINT sessions_user_id_fkey FOREIGN KEY (user_id) REFERENCES users (id)").Error)
+	plan := h.Run("setup", "--plan").want(exitOK)
+	assert.Regexp(t, `foreign key sessions_user_id_fkey of usher.sessions +in the way of events`, plan.out)
+	assert.Contains(t, plan.err, "ALTER TABLE usher.sessions DROP CONSTRAINT sessions_user_id_fkey")
+	report = into[allinone.SetupReport](h.Run("setup", "--apply", "-o", "json").want(exitNo))
+	require.Len(t, report.ForeignKeys, 2)
+	assert.True(t, report.ForeignKeys[0].Fatal)
+	require.NoError(t, db.Exec("ALTER TABLE usher.sessions DROP CONSTRAINT sessions_user_id_fkey").Error)
+	h.Run("setup").want(exitOK)
+}
