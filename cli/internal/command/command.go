@@ -89,7 +89,7 @@ func (c *cli) root() *cobra.Command {
 	// Every setting that is not a secret is a flag too; those of all commands are shown with them, the others
 	// with the commands that start services.
 	c.settingFlags(root, true)
-	root.AddCommand(c.dev(), c.serve(), c.setup(), c.trigger(), c.events(), c.backfill(), c.reconcile(), c.verify(), c.dlq(), c.replay(), c.portal(), c.config())
+	root.AddCommand(c.dev(), c.serve(), c.setup(), c.trigger(), c.events(), c.backfill(), c.reconcile(), c.verify(), c.dlq(), c.replay(), c.portal(), c.schema(), c.config())
 	return root
 }
 
