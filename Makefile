@@ -9,6 +9,7 @@ MODULES  := pkg ingest worker reconciler console cli
 SERVICES := ingest worker reconciler console
 
 GOLANGCI_LINT_VERSION := 2.15.0
+GOVULNCHECK_VERSION := v1.9.0
 GOLANGCI_LINT := .bin/golangci-lint-$(GOLANGCI_LINT_VERSION)
 
 # `make test` runs under the race detector, so that one run shows both. SQLite's translated C is not instrumented: it
@@ -79,6 +80,10 @@ $(GOLANGCI_LINT):
 .PHONY: verify
 verify: ## check go.mod, go.work, formatting, generated files, and what the binaries link
 	@./scripts/verify
+
+.PHONY: vuln
+vuln: ## look for published advisories about what the programs call; VULNDB=file:///… is a copy of the vulnerability database
+	go run golang.org/x/vuln/cmd/govulncheck@$(GOVULNCHECK_VERSION) $(if $(VULNDB),-db $(VULNDB)) $(foreach m,$(MODULES),./$(m)/...)
 
 .PHONY: fuzz
 fuzz: ## run every fuzz target for FUZZTIME (10s)

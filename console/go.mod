@@ -2,6 +2,8 @@ module github.com/usherhq/usher/console
 
 go 1.26.0
 
+toolchain go1.26.11
+
 require (
 	github.com/nats-io/nats.go v1.55.0
 	github.com/prometheus/client_golang v1.25.0

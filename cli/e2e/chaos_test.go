@@ -85,9 +85,10 @@ type cluster struct {
 	processes   map[string]*process
 	args        map[string][]string
 	env         []string
-	ops         map[string]string // addresses
-	brokers     []string          // names of their processes
-	monitors    map[string]string // URLs, by broker
+	own         map[string][]string // environment of one program, beside env
+	ops         map[string]string   // addresses
+	brokers     []string            // names of their processes
+	monitors    map[string]string   // URLs, by broker
 	natsURL     string
 	webhooks    string
 	db          *gorm.DB
@@ -214,7 +215,7 @@ func (c *cluster) start(name string) {
 		program = "nats-server"
 	}
 	p := &process{t: c.t, cmd: exec.Command(filepath.Join(c.dir, program), c.args[name]...), done: make(chan error, 1)}
-	p.cmd.Env = append([]string{"HOME=" + c.dir, "PATH=" + os.Getenv("PATH"), "USHER_OPS_ADDR=" + c.ops[name]}, c.env...)
+	p.cmd.Env = append([]string{"HOME=" + c.dir, "PATH=" + os.Getenv("PATH"), "USHER_OPS_ADDR=" + c.ops[name]}, slices.Concat(c.env, c.own[name])...)
 	p.cmd.Dir = c.t.TempDir()
 	p.cmd.Stdout, p.cmd.Stderr = &p.stdout, &p.stderr
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}

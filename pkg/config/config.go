@@ -43,6 +43,9 @@ type Settings struct {
 
 	NATSURL        string        `env:"USHER_NATS_URL" secret:"url" doc:"the broker; dev and serve start their own where it is not set"`
 	NATSCreds      string        `env:"USHER_NATS_CREDS" doc:"credentials file for the broker"`
+	NATSCA         string        `env:"USHER_NATS_CA" doc:"file of the authorities (PEM) that the broker's certificate must come from; the connection is then encrypted or not made; unset: the system's, where the broker asks for TLS or its URL begins with tls://"`
+	NATSCert       string        `env:"USHER_NATS_CERT" doc:"file of the client certificate (PEM) that is shown to the broker; with USHER_NATS_KEY"`
+	NATSKey        string        `env:"USHER_NATS_KEY" doc:"file of the client certificate's private key (PEM)"`
 	NATSMonitorURL string        `env:"USHER_NATS_MONITOR_URL" secret:"url" doc:"monitoring port of every server of the broker, such as http://127.0.0.1:8222, with commas between; there is asked whether they sync to disk"`
 	AllowUnsynced  bool          `env:"USHER_ALLOW_UNSYNCED_BROKER, default=false" doc:"take a broker that is known not to sync: a power cut then loses events that were answered 202"`
 	StreamReplicas int           `env:"USHER_STREAM_REPLICAS, default=1" doc:"replicas of the streams: 1, 3 or 5"`
@@ -90,6 +93,7 @@ type Settings struct {
 	Sources []Source
 
 	origins map[string]string
+	files   map[string]string // of secrets, by setting, such as USHER_ADMIN_TOKEN_FILE
 }
 
 // Source is one Clerk instance that delivers to this Usher.
@@ -231,10 +235,10 @@ var (
 	schemaRE = regexp.MustCompile(`^[a-z_][a-z0-9_]{0,62}$`)
 )
 
-// withFiles adds, for every NAME_FILE of a secret, NAME with what the file holds, without the line's end.
-func (e Environ) withFiles() (Environ, Problems) {
-	var problems Problems
-	all := slices.Clone(e)
+// withFiles adds, for every NAME_FILE of a secret, NAME with what the file holds, without the line's end. files are those that were read,
+// by their settings' names.
+func (e Environ) withFiles() (all Environ, files map[string]string, problems Problems) {
+	all, files = slices.Clone(e), map[string]string{}
 	for _, entry := range e {
 		key, path, _ := strings.Cut(entry, "=")
 		name, isFile := strings.CutSuffix(key, "_FILE")
@@ -254,9 +258,10 @@ func (e Environ) withFiles() (Environ, Problems) {
 			problems = append(problems, key+": the file that it names is empty")
 		default:
 			all = append(all, name+"="+text)
+			files[key] = path
 		}
 	}
-	return all, problems
+	return all, files, problems
 }
 
 // isSecret reports whether a setting of this name is a secret, those of further sources included.
@@ -271,7 +276,8 @@ func isSecret(name string) bool {
 // that could be read, the others as if they were not set, so that a caller can look for what is wrong by rules of its own.
 func Load(environ Environ, flags map[string]string) (*Settings, error) {
 	s := &Settings{origins: map[string]string{}}
-	environ, problems := environ.withFiles()
+	environ, files, problems := environ.withFiles()
+	s.files = files
 	// The library stops at its first error, so each setting is decoded by itself.
 	v := reflect.ValueOf(s).Elem()
 	for i := range v.NumField() {
@@ -392,6 +398,12 @@ func (s *Settings) SourceNames() []string {
 	return names
 }
 
+// Warnings says what works and should not stay so: sources that are not apart, secrets that cross a network in clear text, files of secrets that
+// others can read. The texts hold no secret. What the database's URL asks for is pkg/database's to judge.
+func (s *Settings) Warnings() []string {
+	return slices.Concat(s.SourceWarnings(), s.clearText(), s.exposedFiles())
+}
+
 // SourceWarnings says which sources are not apart as they are set: those that share a secret, a key or an instance. The texts hold no secret.
 func (s *Settings) SourceWarnings() []string {
 	var warnings []string
@@ -415,6 +427,25 @@ func (s *Settings) SourceWarnings() []string {
 		}
 	}
 	return warnings
+}
+
+// isFile reports whether there is a file that can be read.
+func isFile(path string) bool {
+	f, err := os.Open(path)
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	return err == nil && !info.IsDir()
+}
+
+// noFile says that there is none.
+func noFile(path string) string {
+	if len(path) > 1024 || strings.ContainsAny(path, "\r\n") { // what the file should hold, perhaps
+		path = redact.Masked
+	}
+	return fmt.Sprintf("there is no file %q that can be read", path)
 }
 
 func (s *Settings) validate() Problems {
@@ -505,16 +536,11 @@ func (s *Settings) validate() Problems {
 		}
 	}
 	for name, path := range map[string]string{"USHER_NATS_CREDS": s.NATSCreds, "USHER_GEOIP_DB": s.GeoIPDB} {
-		if path == "" {
-			continue
-		}
-		if info, err := os.Stat(path); err != nil || info.IsDir() {
-			if len(path) > 1024 || strings.ContainsAny(path, "\r\n") { // what the file should hold, perhaps
-				path = redact.Masked
-			}
-			bad(name, "there is no file %q that can be read", path)
+		if path != "" && !isFile(path) {
+			bad(name, "%s", noFile(path))
 		}
 	}
+	problems = append(problems, s.checkTLS()...)
 	if s.FraudMaxCountries < 1 || s.FraudMaxSessions < 1 {
 		bad("USHER_FRAUD_MAX_COUNTRIES, USHER_FRAUD_MAX_SESSIONS", "want 1 or more")
 	}
@@ -569,9 +595,10 @@ func CheckToken(token string) error {
 // IsLoopback tells whether a listener address is reachable from this machine only.
 func IsLoopback(addr string) bool {
 	host, _, err := net.SplitHostPort(addr)
-	if err != nil {
-		return false
-	}
+	return err == nil && isLoopbackHost(host)
+}
+
+func isLoopbackHost(host string) bool {
 	ip := net.ParseIP(host)
 	return host == "localhost" || ip != nil && ip.IsLoopback()
 }

@@ -20,3 +20,13 @@ func OpenErrorOf(address string, err error) error {
 	}
 	return u.openError(err)
 }
+
+// ClearTextOf is what is told of a URL whose connection others may read.
+func ClearTextOf(t *testing.T, address string) string {
+	t.Helper()
+	u, err := parsePostgres(address, "DATABASE_URL")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return u.clearText()
+}

@@ -135,17 +135,19 @@ func (c *pgConnector) look(ctx context.Context, pool *sql.DB) error {
 	return nil
 }
 
-// Warnings names what of the URL is ignored, that a pooler is in front of the server, settings of the server under which
-// rows of acknowledged events can be lost or look other than expected, and [ForeignKeys], none of which are Usher's to change: in words that say what to do.
-// None for SQLite.
+// Warnings names what of the URL is ignored, that others can read the connection or the file, that a pooler is in front of the server,
+// settings of the server under which rows of acknowledged events can be lost or look other than expected, and [ForeignKeys], none of which
+// are Usher's to change: in words that say what to do.
 func Warnings(ctx context.Context, db *gorm.DB) ([]string, error) {
 	d, ok := db.Dialector.(pgDialector)
 	if !ok {
-		return nil, nil
+		return exposed(db), nil
 	}
 	var warnings []string
-	if notice := d.connector.url.ignoredNotice(d.schema); notice != "" {
-		warnings = append(warnings, notice)
+	for _, notice := range []string{d.connector.url.ignoredNotice(d.schema), d.connector.url.clearText()} {
+		if notice != "" {
+			warnings = append(warnings, notice)
+		}
 	}
 	var fsync, pages, role string
 	err := db.WithContext(ctx).Raw("SELECT current_setting('fsync'), current_setting('full_page_writes'), current_setting('session_replication_role')").

@@ -6,9 +6,11 @@ import (
 	"database/sql/driver"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/url"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"time"
@@ -81,6 +83,19 @@ func private(path string) error {
 		return err //nolint:wrapcheck // the caller says what it was for
 	}
 	return f.Close() //nolint:wrapcheck // as above
+}
+
+// exposed says that everyone on this machine can read the file or change it. Its group may: a file that is named by its path can be shared so.
+func exposed(db *gorm.DB) []string {
+	d, ok := db.Dialector.(dialector)
+	if !ok {
+		return nil
+	}
+	info, err := os.Stat(d.path)
+	if mode := fs.FileMode(0o007); err != nil || runtime.GOOS == "windows" || info.Mode().Perm()&mode == 0 {
+		return nil
+	}
+	return []string{fmt.Sprintf("everyone on this machine can read the database %s (mode %s): chmod o= it", d.path, info.Mode().Perm())}
 }
 
 // writers holds one turn a file. SQLite has one writer, and those who come while it is busy poll with growing

@@ -1,7 +1,9 @@
 package database
 
 import (
+	"crypto/tls"
 	"errors"
+	"net"
 	"net/url"
 	"regexp"
 	"slices"
@@ -180,6 +182,31 @@ func (u *pgURL) ignoredNotice(schema string) string {
 		notice += "; Usher's tables are in the schema that USHER_DATABASE_SCHEMA names, now " + schema
 	}
 	return notice
+}
+
+// clearText is what to tell where rows and perhaps the password cross a network unencrypted, or would where somebody on the way says that
+// the server has no TLS; "" where they do not.
+func (u *pgURL) clearText() string {
+	var hosts []string
+	note := func(host string, config *tls.Config) {
+		ip := net.ParseIP(host)
+		local := host == "localhost" || strings.HasPrefix(host, "/") || strings.HasPrefix(host, "@") || ip != nil && ip.IsLoopback() // a socket's folder
+		if config == nil && !local && !slices.Contains(hosts, host) {
+			hosts = append(hosts, host)
+		}
+	}
+	note(u.cfg.Host, u.cfg.TLSConfig)
+	for _, f := range u.cfg.Fallbacks {
+		note(f.Host, f.TLSConfig)
+	}
+	if len(hosts) == 0 {
+		return ""
+	}
+	what := "rows"
+	if u.cfg.Password != "" {
+		what = "the login and rows"
+	}
+	return u.setting + ": " + what + " may reach " + strings.Join(hosts, ", ") + " in clear text: add sslmode=require to the URL, or better sslmode=verify-full with sslrootcert"
 }
 
 func join(base string, pairs []pair) string {

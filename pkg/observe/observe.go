@@ -191,6 +191,9 @@ type Ops struct {
 	routes   []string
 }
 
+// maxScrapes bounds what gathers all metrics at a time: more are answered 503.
+const maxScrapes = 4
+
 // NewOps listens at once, so that a taken port is an error here.
 func NewOps(addr string, health *Health, reg *prometheus.Registry, log *zap.Logger) (*Ops, error) {
 	listener, err := listen.Open(addr, listen.Options{Name: "ops", Share: 16, Most: 64, Log: log, Registerer: reg})
@@ -216,7 +219,7 @@ func NewOps(addr string, health *Health, reg *prometheus.Registry, log *zap.Logg
 		}
 		writeJSON(w, status, answer)
 	})
-	handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{}).ServeHTTP)
+	handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{MaxRequestsInFlight: maxScrapes}).ServeHTTP)
 	ops.server = &http.Server{
 		Handler: mux, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 5 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: time.Minute,
 		MaxHeaderBytes: 16 << 10, ErrorLog: zap.NewStdLog(zap.NewNop()),

@@ -3,6 +3,7 @@ package observe_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -133,6 +134,62 @@ func TestOpsSaysWhatIsReadyAndWhatIsNot(t *testing.T) {
 	assert.Contains(t, body, "go_goroutines")
 	status, _ = get(t, url+"/else")
 	assert.Equal(t, http.StatusNotFound, status)
+}
+
+// TestOpsIsBounded: whoever reaches the listener needs no token, and may neither fill it, hold it nor learn how the process works inside.
+func TestOpsIsBounded(t *testing.T) {
+	t.Parallel()
+	reg := observe.NewRegistry()
+	ops, err := observe.NewOps("127.0.0.1:0", &observe.Health{}, reg, zap.NewNop())
+	require.NoError(t, err)
+	serve(t, ops.Run)
+	url := "http://" + ops.Addr()
+	for _, path := range []string{"/debug/pprof/", "/debug/pprof/heap", "/debug/vars", "/", "/metrics/", "/healthz/x"} {
+		status, _ := get(t, url+path)
+		assert.Equal(t, http.StatusNotFound, status, path)
+	}
+	require.Len(t, ops.Routes(), 3)
+	for _, pattern := range ops.Routes() {
+		path := strings.TrimPrefix(pattern, "GET ")
+		for _, method := range []string{http.MethodPost, http.MethodPut, http.MethodDelete, http.MethodPatch, http.MethodOptions} {
+			req, err := http.NewRequestWithContext(t.Context(), method, url+path, nil)
+			require.NoError(t, err)
+			req.Close = true
+			res, err := http.DefaultClient.Do(req)
+			require.NoError(t, err)
+			require.NoError(t, res.Body.Close())
+			assert.Equal(t, http.StatusMethodNotAllowed, res.StatusCode, "%s %s", method, path)
+			assert.Contains(t, res.Header.Get("Allow"), http.MethodGet)
+		}
+	}
+
+	dial := func(text string) net.Conn {
+		conn, err := (&net.Dialer{}).DialContext(t.Context(), "tcp", ops.Addr())
+		require.NoError(t, err)
+		t.Cleanup(func() { _ = conn.Close() })
+		_, _ = conn.Write([]byte(text)) // it may be closed already
+		return conn
+	}
+	var silent []net.Conn
+	for range 200 { // more than it takes
+		silent = append(silent, dial("GET /metrics HTTP/1.1\r\nX-Slow: "))
+	}
+	status, _ := get(t, url+"/healthz")
+	assert.Equal(t, http.StatusOK, status, "there is room for who asks")
+	_, body := get(t, url+"/metrics")
+	var open float64
+	_, err = fmt.Sscanf(body[strings.Index(body, "\nusher_connections{")+1:], `usher_connections{listener="ops"} %g`, &open)
+	require.NoError(t, err)
+	assert.LessOrEqual(t, open, 64.0)
+	for _, conn := range silent {
+		require.NoError(t, conn.SetReadDeadline(time.Now().Add(time.Minute)))
+		_, err := io.Copy(io.Discard, conn)
+		var timeout net.Error
+		require.False(t, errors.As(err, &timeout) && timeout.Timeout(), "a sender who does not end the headers is cut off")
+	}
+	long := dial("GET /healthz HTTP/1.1\r\nHost: x\r\nX-Long: " + strings.Repeat("x", 64<<10) + "\r\n\r\n")
+	answer, _ := io.ReadAll(long)
+	assert.NotContains(t, string(answer), "200 OK")
 }
 
 func TestATakenPortIsAnErrorOfNewOps(t *testing.T) {

@@ -112,7 +112,7 @@ func Run(ctx context.Context, environ config.Environ, stderr io.Writer, program 
 		return Failed
 	}
 	defer func() { _ = log.Sync() }() // a terminal refuses it, and nothing could be done
-	for _, warning := range settings.SourceWarnings() {
+	for _, warning := range settings.Warnings() {
 		log.Warn(warning, zap.String("service", program.Name))
 	}
 	p := &Process{Settings: settings, Log: log, Registry: observe.NewRegistry(), Health: &observe.Health{}, name: program.Name}
@@ -156,7 +156,7 @@ const drainTime = 3 * time.Second
 func (p *Process) Connect() (jetstream.JetStream, error) {
 	closed := make(chan struct{})
 	nc, err := stream.Connect(p.Settings.NATSURL, p.Settings.NATSCreds, p.name, p.Log.With(zap.String("service", p.name)),
-		nats.ClosedHandler(func(*nats.Conn) { close(closed) }))
+		stream.TLS(p.Settings.NATSCA, p.Settings.NATSCert, p.Settings.NATSKey), nats.ClosedHandler(func(*nats.Conn) { close(closed) }))
 	if err != nil {
 		return nil, err
 	}

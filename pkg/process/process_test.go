@@ -93,6 +93,7 @@ func TestEveryWrongSettingIsListedOnceAndNothingStarts(t *testing.T) {
 		"not decoded and not valid":   {environ("USHER_ALERT_MIN_EVENTS=x", "USHER_STREAM_REPLICAS=2"), own[:1], []string{"USHER_ALERT_MIN_EVENTS", "USHER_STREAM_REPLICAS", "OWN_SETTING"}},
 		"what both found":             {environ("USHER_CONSOLE_ADDR=:1"), own, []string{"USHER_CONSOLE_ADDR", "OWN_SETTING"}},
 		"a database's other variable": {environ("DATABASE_URL=mysql://x"), own[:1], []string{"DATABASE_URL", "OWN_SETTING"}},
+		"files of TLS":                {environ("USHER_NATS_CA=/nope", "USHER_NATS_CERT=/nope", "USHER_LOG_LEVEL=loud"), nil, []string{"USHER_NATS_CA", "USHER_NATS_CERT", "USHER_NATS_KEY", "USHER_LOG_LEVEL"}},
 		"a source twice":              {environ("USHER_SOURCE_CLERK_SECRET_KEY=x"), own[:1], []string{"USHER_SOURCE_CLERK_…", "OWN_SETTING"}},
 	} {
 		var stderr bytes.Buffer
@@ -241,6 +242,24 @@ func TestTheConnectionIsDrained(t *testing.T) {
 	_, err = sub.NextMsg(5 * time.Second)
 	require.NoError(t, err)
 	require.Eventually(t, func() bool { return broker.Server().NumClients() == 1 }, 60*time.Second, 5*time.Millisecond)
+}
+
+// TestTheConnectionHasItsCertificates: the broker speaks TLS only, and wants to see a certificate.
+func TestTheConnectionHasItsCertificates(t *testing.T) {
+	t.Parallel()
+	files := natstest.NewCertificates(t)
+	broker := natstest.New(t, files.WithTLS(true))
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	conns, started, code := make(chan *nats.Conn, 1), make(chan struct{}, 1), make(chan int, 1)
+	go func() {
+		code <- process.Run(ctx, environ("USHER_NATS_URL=tls://"+broker.Server().Addr().String(), "USHER_NATS_CA="+files.CA, "USHER_NATS_CERT="+files.ClientCert,
+			"USHER_NATS_KEY="+files.ClientKey), io.Discard, program(started, conns))
+	}()
+	require.Eventually(t, (<-conns).IsConnected, time.Minute, 5*time.Millisecond)
+	<-started
+	cancel()
+	assert.Equal(t, process.Stopped, <-code)
 }
 
 // The client library closes a connection for good now and then; nothing in the process would open it again.

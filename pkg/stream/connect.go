@@ -85,6 +85,25 @@ func Connect(url, creds, name string, log *zap.Logger, opts ...nats.Option) (*na
 	return nc, nil
 }
 
+// TLS is what [Connect] needs where the broker's certificate comes from an authority of one's own (ca), or where the broker wants to see one
+// (cert and key); files in PEM, empty for none. With any of them the connection is encrypted or not made. They are read again at every
+// connect, so that renewed ones need no restart. For all of them empty it is no change.
+func TLS(ca, cert, key string) nats.Option {
+	return func(o *nats.Options) error {
+		if ca != "" {
+			if err := nats.RootCAs(ca)(o); err != nil {
+				return fmt.Errorf("read USHER_NATS_CA: %w", err)
+			}
+		}
+		if cert != "" || key != "" {
+			if err := nats.ClientCert(cert, key)(o); err != nil {
+				return fmt.Errorf("read USHER_NATS_CERT and USHER_NATS_KEY: %w", err)
+			}
+		}
+		return nil
+	}
+}
+
 // JetStream opens the JetStream of a connection with the time limits that Usher's services use.
 func JetStream(nc *nats.Conn) (jetstream.JetStream, error) {
 	js, err := jetstream.New(nc,

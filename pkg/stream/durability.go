@@ -2,6 +2,7 @@ package stream
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -114,7 +115,7 @@ func AskDurability(ctx context.Context, js jetstream.JetStream, monitor string, 
 		if base = strings.TrimSpace(base); base == "" {
 			continue
 		}
-		s, err := askMonitor(ctx, base)
+		s, err := askMonitor(ctx, js.Conn(), base)
 		if err != nil {
 			trouble = append(trouble, err.Error())
 			continue
@@ -205,7 +206,8 @@ func keepersOf(ctx context.Context, js jetstream.JetStream) (names []string, unf
 	return names, ""
 }
 
-func askMonitor(ctx context.Context, base string) (serverSync, error) {
+// askMonitor asks one monitoring port; one that speaks https with the certificates of the connection.
+func askMonitor(ctx context.Context, nc *nats.Conn, base string) (serverSync, error) {
 	ctx, cancel := context.WithTimeout(ctx, askServers)
 	defer cancel()
 	where := base
@@ -216,8 +218,12 @@ func askMonitor(ctx context.Context, base string) (serverSync, error) {
 	if err != nil {
 		return serverSync{}, fmt.Errorf("the monitoring port %s cannot be asked: not a URL", where)
 	}
-	r.Close = true
-	resp, err := http.DefaultClient.Do(r)
+	config, err := tlsOf(nc)
+	if err != nil {
+		return serverSync{}, fmt.Errorf("the monitoring port %s cannot be asked: %w", where, err)
+	}
+	client := http.Client{Transport: &http.Transport{Proxy: http.ProxyFromEnvironment, TLSClientConfig: config, DisableKeepAlives: true}}
+	resp, err := client.Do(r)
 	if err != nil {
 		var in *url.Error
 		if errors.As(err, &in) {
@@ -231,6 +237,26 @@ func askMonitor(ctx context.Context, base string) (serverSync, error) {
 		return serverSync{}, fmt.Errorf("what answers at %s is no nats-server's monitoring port (status %d)", where, resp.StatusCode)
 	}
 	return v.sync(), nil
+}
+
+// tlsOf is what [TLS] has given to a connection.
+func tlsOf(nc *nats.Conn) (*tls.Config, error) {
+	config := &tls.Config{MinVersion: tls.VersionTLS12}
+	if read := nc.Opts.RootCAsCB; read != nil {
+		pool, err := read()
+		if err != nil {
+			return nil, err //nolint:wrapcheck // the caller says what it was for
+		}
+		config.RootCAs = pool
+	}
+	if read := nc.Opts.TLSCertCB; read != nil {
+		cert, err := read()
+		if err != nil {
+			return nil, err //nolint:wrapcheck // as above
+		}
+		config.Certificates = []tls.Certificate{cert}
+	}
+	return config, nil
 }
 
 // askSystem asks all servers over the connection. Only a user of the system account is answered, or one whose account imports the

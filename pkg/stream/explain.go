@@ -128,6 +128,10 @@ func kindOf(err error) error {
 	// While it dials the library keeps the broker's own words, of which these are a part.
 	case strings.Contains(text, "authorization violation"), strings.Contains(text, "authentication expired"), strings.Contains(text, "authentication revoked"):
 		return ErrRefused
+	case is(nats.ErrSecureConnWanted):
+		return errNoTLS
+	case is(nats.ErrTLS), strings.Contains(text, "tls:"), strings.Contains(text, "x509:"):
+		return errTLS(text)
 	case is(nats.ErrPermissionViolation):
 		return ErrForbidden
 	case is(jetstream.ErrStreamNotFound, jetstream.ErrConsumerNotFound, jetstream.ErrConsumerDeleted, jetstream.ErrBucketNotFound):
@@ -155,8 +159,23 @@ func kindOf(err error) error {
 	return nil
 }
 
+// errTLS is what to do about an encrypted connection that was not made, nil where the text says it.
+func errTLS(text string) error {
+	switch {
+	case strings.Contains(text, "remote error: tls:") && strings.Contains(text, "certificate"): // required, bad, unknown authority of it, expired
+		return errClientCert
+	case strings.Contains(text, "unknown authority"):
+		return errAuthority
+	}
+	return nil
+}
+
 // Kinds that nobody asks for by name.
 var (
+	errNoTLS = errors.New("the broker offers no TLS, and is asked for it by tls:// in USHER_NATS_URL, USHER_NATS_CA or USHER_NATS_CERT: give it a tls block, " +
+		"or leave them out")
+	errAuthority   = errors.New("the broker's certificate comes from an authority that is not known here: name the authority's file in USHER_NATS_CA")
+	errClientCert  = errors.New("the broker wants a client certificate that is valid and comes from an authority that it knows: set USHER_NATS_CERT and USHER_NATS_KEY")
 	errFiles       = errors.New("too many open files: raise the limit of the process that says so (ulimit -n, LimitNOFILE)")
 	errConnections = errors.New("the broker takes no more connections: raise its max_connections, or the account's")
 	errNoStream    = errors.New("no stream took the event: it has no leader for the moment, or is missing (`usher setup` creates it)")

@@ -86,6 +86,9 @@ func New(ctx context.Context, cfg Config) (_ *Instance, err error) {
 		}
 	}()
 	s, log := cfg.Settings, cfg.Log
+	for _, warning := range s.Warnings() {
+		log.Warn(warning)
+	}
 	if err := i.takeDataDir(); err != nil {
 		return nil, err
 	}
@@ -97,7 +100,7 @@ func New(ctx context.Context, cfg Config) (_ *Instance, err error) {
 	if i.JS, err = i.connect(b, "setup"); err != nil {
 		return nil, err
 	}
-	if b.embedded() {
+	if b.embedded {
 		if err := i.setUpStreams(ctx, b, topology); err != nil {
 			return nil, err
 		}
@@ -113,7 +116,7 @@ func New(ctx context.Context, cfg Config) (_ *Instance, err error) {
 	if err := i.openFront(b); err != nil {
 		return nil, err
 	}
-	if !b.embedded() {
+	if !b.embedded {
 		if err := i.awaitBroker(ctx, topology); err != nil {
 			return nil, err
 		}
@@ -138,7 +141,7 @@ func New(ctx context.Context, cfg Config) (_ *Instance, err error) {
 		return nil, err
 	}
 	for _, d := range report.Streams.Differences {
-		if b.embedded() && d.Field == "max_bytes" { // see limits
+		if b.embedded && d.Field == "max_bytes" { // see limits
 			log.Info("the stream's limit is lowered as soon as there is room", zap.String("object", d.Object), zap.String("have", d.Have), zap.String("want", d.Want))
 			continue
 		}
@@ -152,7 +155,7 @@ func New(ctx context.Context, cfg Config) (_ *Instance, err error) {
 	if err := i.warnOfSources(ctx); err != nil {
 		return nil, err
 	}
-	if b.embedded() {
+	if b.embedded {
 		if err := i.takeBack(ctx, topology); err != nil {
 			return nil, err
 		}
@@ -161,7 +164,10 @@ func New(ctx context.Context, cfg Config) (_ *Instance, err error) {
 		return nil, err
 	}
 	i.State.PID, i.State.Mode, i.State.StartedAt = os.Getpid(), cfg.Mode, time.Now().UTC()
-	i.State.EmbeddedBroker = b.embedded()
+	i.State.EmbeddedBroker = b.embedded
+	if !b.embedded {
+		i.State.NATSCreds, i.State.NATSCA, i.State.NATSCert, i.State.NATSKey = absolute(s.NATSCreds), absolute(s.NATSCA), absolute(s.NATSCert), absolute(s.NATSKey)
+	}
 	i.State.NATSURL, i.State.DatabaseURL, i.State.DatabaseSchema = b.url, absoluteDatabase(s.DatabaseURL), s.DatabaseSchema
 	i.State.SigningSecret, i.State.ClerkAPIURL, i.State.ClerkSecretKey = cfg.SigningSecret, cfg.ClerkAPIURL, cfg.ClerkSecretKey
 	i.State.Instances = worker.ConfigFrom(s).Instances
@@ -177,13 +183,13 @@ func New(ctx context.Context, cfg Config) (_ *Instance, err error) {
 	return i, nil
 }
 
-// warnOfSources logs which sources are not apart, and whose rows are nobody's.
+// warnOfSources logs whose rows are nobody's.
 func (i *Instance) warnOfSources(ctx context.Context) error {
 	unknown, err := mirror.UnknownSources(ctx, i.DB, i.cfg.Settings.SourceNames())
 	if err != nil {
 		return err
 	}
-	for _, warning := range append(i.cfg.Settings.SourceWarnings(), unknown...) {
+	for _, warning := range unknown {
 		i.cfg.Log.Warn(warning)
 	}
 	return nil
@@ -193,7 +199,7 @@ func (i *Instance) waitingFor(what string) { i.starting.Store(&what) }
 
 // mode is how much of the broker's streams may be changed: what this process owns follows its settings.
 func (i *Instance) mode(b brokerAccess) Mode {
-	if b.embedded() {
+	if b.embedded {
 		return Apply
 	}
 	return Create
@@ -232,30 +238,29 @@ func (i *Instance) takeDataDir() error {
 		}
 		i.closers.Add(func() error { return os.RemoveAll(i.cfg.Dir) })
 	}
-	if err := os.MkdirAll(i.cfg.Dir, 0o700); err != nil {
+	// What the broker makes lies in a folder that is closed to others, whatever it thinks of modes.
+	if err := os.MkdirAll(filepath.Join(i.cfg.Dir, brokerFolder), 0o700); err != nil {
 		return fmt.Errorf("make data folder: %w", err)
 	}
-	return nil
+	return protect(dir, i.cfg.Log)
 }
 
 // brokerAccess is how the services of this process reach the broker.
 type brokerAccess struct {
 	url, creds string
-	options    []nats.Option // of the embedded broker
+	embedded   bool // it is this process's own
+	options    []nats.Option
 }
-
-// embedded reports whether the broker is this process's own.
-func (b brokerAccess) embedded() bool { return len(b.options) > 0 }
 
 // broker starts the embedded broker, unless the settings name one.
 func (i *Instance) broker() (brokerAccess, error) {
 	s := i.cfg.Settings
 	if s.NATSURL != "" {
-		return brokerAccess{url: s.NATSURL, creds: s.NATSCreds}, nil
+		return brokerAccess{url: s.NATSURL, creds: s.NATSCreds, options: []nats.Option{stream.TLS(s.NATSCA, s.NATSCert, s.NATSKey)}}, nil
 	}
 	password := rand.Text()
 	srv, err := startBroker(brokerConfig{
-		dir: filepath.Join(i.cfg.Dir, "nats"), password: password,
+		dir: filepath.Join(i.cfg.Dir, brokerFolder), password: password,
 	}, i.cfg.Log)
 	if err != nil {
 		return brokerAccess{}, err
@@ -267,9 +272,9 @@ func (i *Instance) broker() (brokerAccess, error) {
 	})
 	check := storageCheck(srv, i.cfg.Dir)
 	i.Health.Add("broker storage", check)
-	i.services = append(i.services, frozen{check: check, dir: filepath.Join(i.cfg.Dir, "nats"), after: frozenAfter, every: frozenEvery})
+	i.services = append(i.services, frozen{check: check, dir: filepath.Join(i.cfg.Dir, brokerFolder), after: frozenAfter, every: frozenEvery})
 	url, err := brokerURL(srv, password)
-	return brokerAccess{url: url, options: inProcess(srv, password)}, err
+	return brokerAccess{url: url, embedded: true, options: inProcess(srv, password)}, err
 }
 
 // connect opens a connection of its own for a service, as it would have as a process of its own.
@@ -285,7 +290,7 @@ func (i *Instance) connect(b brokerAccess, service string) (jetstream.JetStream,
 
 // durability is what is known about whether the broker syncs; of the embedded one it is known.
 func (i *Instance) durability(ctx context.Context, b brokerAccess, js jetstream.JetStream) stream.Durability {
-	if b.embedded() {
+	if b.embedded {
 		return EmbeddedDurability
 	}
 	return stream.AskDurability(ctx, js, i.cfg.Settings.NATSMonitorURL, i.cfg.Settings.StreamReplicas)
@@ -415,7 +420,7 @@ func (i *Instance) open(b brokerAccess) error {
 		return err
 	}
 	workerConfig := worker.ConfigFrom(s)
-	if b.embedded() { // the worker makes the room for a lower limit
+	if b.embedded { // the worker makes the room for a lower limit
 		workerConfig.MaxBytes = int64(s.StreamMaxBytes)
 		i.services = append(i.services, limits{i.JS, stream.Topology{Replicas: s.StreamReplicas, MaxBytes: int64(s.StreamMaxBytes), Handlers: worker.Specs()}, log})
 	}
@@ -504,8 +509,13 @@ func absoluteDatabase(url string) string {
 	if !ok {
 		return url
 	}
-	if abs, err := filepath.Abs(path); err == nil {
-		path = abs
+	return "sqlite:" + absolute(path)
+}
+
+// absolute makes a path good for a command that is started elsewhere. Empty stays empty.
+func absolute(path string) string {
+	if abs, err := filepath.Abs(path); err == nil && path != "" {
+		return abs
 	}
-	return "sqlite:" + path
+	return path
 }

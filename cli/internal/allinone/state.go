@@ -18,7 +18,11 @@ type State struct {
 	PID            int       `json:"pid"`
 	Mode           string    `json:"mode"` // dev or serve
 	StartedAt      time.Time `json:"started_at"`
-	NATSURL        string    `json:"nats_url"` // with user and password
+	NATSURL        string    `json:"nats_url"`             // with user and password
+	NATSCreds      string    `json:"nats_creds,omitempty"` // files, as the settings name them: of a broker that is not embedded
+	NATSCA         string    `json:"nats_ca,omitempty"`
+	NATSCert       string    `json:"nats_cert,omitempty"`
+	NATSKey        string    `json:"nats_key,omitempty"`
 	EmbeddedBroker bool      `json:"embedded_broker,omitempty"`
 	DatabaseURL    string    `json:"database_url"`
 	DatabaseSchema string    `json:"database_schema"`
@@ -46,6 +50,10 @@ func statePath(dataDir string) string { return filepath.Join(dataDir, "usher.jso
 // ReadState finds the running instance of a data folder. The file of one that was killed is no instance.
 func ReadState(dataDir string) (State, error) {
 	var s State
+	// Whoever wrote it says where the commands connect to, and which database they change.
+	if info, err := os.Lstat(statePath(dataDir)); err == nil && os.Geteuid() != 0 && config.Foreign(info) {
+		return s, fmt.Errorf("%w in %s: %s belongs to another user: set USHER_DATA_DIR, or USHER_NATS_URL and USHER_DATABASE_URL", ErrNotRunning, dataDir, statePath(dataDir))
+	}
 	body, err := os.ReadFile(statePath(dataDir))
 	if errors.Is(err, fs.ErrNotExist) {
 		return s, fmt.Errorf("%w in %s: start one, or set USHER_DATA_DIR, or USHER_NATS_URL and USHER_DATABASE_URL", ErrNotRunning, dataDir)

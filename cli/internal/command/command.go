@@ -94,7 +94,7 @@ func (c *cli) root() *cobra.Command {
 }
 
 // connection are the settings that every command may need.
-var connection = []string{"USHER_DATA_DIR", "USHER_DATABASE_URL", "USHER_DATABASE_SCHEMA", "USHER_NATS_URL", "USHER_NATS_CREDS", "USHER_LOG_LEVEL", "USHER_LOG_FORMAT"}
+var connection = []string{"USHER_DATA_DIR", "USHER_DATABASE_URL", "USHER_DATABASE_SCHEMA", "USHER_NATS_URL", "USHER_NATS_CREDS", "USHER_NATS_CA", "USHER_NATS_CERT", "USHER_NATS_KEY", "USHER_LOG_LEVEL", "USHER_LOG_FORMAT"}
 
 // settingFlags adds a flag for each setting: USHER_DATA_DIR is --data-dir. Secrets have none, since a command
 // line is visible to everyone on the machine; URLs have, for those without a password.

@@ -27,7 +27,7 @@ func (c *cli) config() *cobra.Command {
 				return err
 			}
 			settings := r.settings
-			for _, warning := range settings.SourceWarnings() {
+			for _, warning := range settings.Warnings() {
 				_, _ = fmt.Fprintln(c.env.Stderr, "warning:", warning)
 			}
 			return printListing(c.env.Stdout, o, listing[config.Setting]{Items: r.list()},

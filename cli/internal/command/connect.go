@@ -1,6 +1,7 @@
 package command
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -74,18 +75,19 @@ func (r *reach) given(setting string) bool {
 // broker connects to the broker. It does not wait for one that is away; a connection that is lost later comes back by
 // itself.
 func (r *reach) broker() (jetstream.JetStream, error) {
-	address := r.settings.NATSURL
+	s := r.settings
+	address, creds, files := s.NATSURL, s.NATSCreds, stream.TLS(s.NATSCA, s.NATSCert, s.NATSKey)
 	if address == "" {
 		if r.stateErr != nil {
 			return nil, fmt.Errorf("find the broker: %w", r.stateErr)
 		}
-		address = r.state.NATSURL
+		address, creds, files = r.state.NATSURL, cmp.Or(creds, r.state.NATSCreds), stream.TLS(r.state.NATSCA, r.state.NATSCert, r.state.NATSKey)
 	}
 	log, err := r.cli.logger(r.settings)
 	if err != nil {
 		return nil, err
 	}
-	nc, err := stream.Connect(address, r.settings.NATSCreds, "ops", log, nats.RetryOnFailedConnect(false))
+	nc, err := stream.Connect(address, creds, "ops", log, files, nats.RetryOnFailedConnect(false))
 	if err != nil {
 		where := redact.Hosts(address)
 		switch {
@@ -94,7 +96,7 @@ func (r *reach) broker() (jetstream.JetStream, error) {
 		case errors.Is(err, nats.ErrAuthorization):
 			return nil, fmt.Errorf("the broker at %s refuses the user: check USHER_NATS_URL and USHER_NATS_CREDS", where)
 		}
-		return nil, fmt.Errorf("connect to the broker at %s: %w", where, err)
+		return nil, fmt.Errorf("connect to the broker at %s: %w", where, stream.Explain(err))
 	}
 	r.closers.Add(func() error { nc.Close(); return nil })
 	return stream.JetStream(nc)

@@ -13,6 +13,7 @@ import (
 	"github.com/usherhq/usher/cli/internal/allinone"
 	"github.com/usherhq/usher/pkg/deadletter"
 	"github.com/usherhq/usher/pkg/fixture"
+	"github.com/usherhq/usher/pkg/natstest"
 )
 
 // TestADryRunJudgesAsTheServerDoes: the shell of the one who tries seldom has the settings of the server.
@@ -61,4 +62,43 @@ func TestADryRunJudgesAsTheServerDoes(t *testing.T) {
 	theirs := "ins_34BmB94uIlt047ABzRee2dqZJKY" // of the canonical events
 	assert.Equal(t, 3, dry(shell.with("CLERK_INSTANCE_ID="+theirs), exitNo), "what the shell sets comes first")
 	assert.Equal(t, 6, dry(shell.with("CLERK_INSTANCE_ID="+theirs, "USHER_SOURCE_STAGING_INSTANCE_ID="+theirs), exitOK))
+}
+
+// TestCommandsReachTheBrokerOfServe: they find its certificates in the data folder, as its URL.
+func TestCommandsReachTheBrokerOfServe(t *testing.T) {
+	t.Parallel()
+	files := natstest.NewCertificates(t)
+	broker := natstest.New(t, natstest.WithSync, files.WithTLS(true))
+	shell := newHarness(t, "USHER_NATS_MONITOR_URL=https://"+broker.Server().MonitorAddr().String())
+	server := shell.with(
+		"CLERK_WEBHOOK_SIGNING_SECRET="+fixture.Secret, "USHER_LOG_LEVEL=error", "USHER_INGEST_ADDR=127.0.0.1:0", "USHER_CONSOLE_ADDR=127.0.0.1:0", "USHER_OPS_ADDR=127.0.0.1:0",
+		"USHER_NATS_URL=tls://"+broker.Server().Addr().String(), "USHER_NATS_CA="+files.CA, "USHER_NATS_CERT="+files.ClientCert, "USHER_NATS_KEY="+files.ClientKey,
+	)
+	ctx, stop := context.WithCancel(t.Context())
+	served := make(chan int, 1)
+	go func() {
+		served <- Run(ctx, []string{"serve"}, Env{Environ: server.env, Stdin: strings.NewReader(""), Stdout: io.Discard, Stderr: io.Discard})
+	}()
+	defer func() { stop(); assert.Equal(t, exitOK, <-served) }()
+	require.Eventually(t, func() bool {
+		_, err := allinone.ReadState(strings.TrimPrefix(shell.env[0], "USHER_DATA_DIR="))
+		return err == nil
+	}, 60*time.Second, 10*time.Millisecond)
+	report := into[allinone.SetupReport](shell.Run("setup", "--plan", "-o", "json").want(exitOK))
+	assert.Equal(t, "synced", report.Broker.State)
+	assert.Empty(t, report.Streams.Missing)
+
+	elsewhere := newHarness(t, "USHER_NATS_URL=tls://"+broker.Server().Addr().String())
+	r := elsewhere.Run("setup", "--plan").want(exitUsage)
+	assert.Contains(t, r.err, "name the authority's file in USHER_NATS_CA")
+	r = elsewhere.with("USHER_NATS_CA="+files.CA).Run("setup", "--plan").want(exitUsage)
+	assert.Contains(t, r.err, "set USHER_NATS_CERT and USHER_NATS_KEY")
+	elsewhere.Run("setup", "--plan", "--nats-ca", files.CA, "--nats-cert", files.ClientCert, "--nats-key", files.ClientKey).want(exitOK)
+}
+
+func TestWhatOthersCanReadIsWarnedAboutOnce(t *testing.T) {
+	t.Parallel()
+	r := newHarness(t, "USHER_NATS_URL=nats://joe:hunter2@broker.example.com").Run("config").want(exitOK)
+	assert.Equal(t, 1, strings.Count(r.err, "warning: USHER_NATS_URL: the login and events reach broker.example.com in clear text"))
+	assert.NotContains(t, r.out+r.err, "hunter2")
 }

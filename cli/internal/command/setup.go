@@ -163,12 +163,12 @@ func (r *reach) setup(ctx context.Context, how allinone.Mode) (allinone.SetupRep
 	if err != nil {
 		return report, err
 	}
-	return report, r.warnOfSources(ctx, db, report.Migrations.Pending)
+	return report, r.warn(ctx, db, report.Migrations.Pending)
 }
 
-// warnOfSources says which sources are not apart, and whose rows are nobody's. A database that a plan leaves without the tables has none.
-func (r *reach) warnOfSources(ctx context.Context, db *gorm.DB, pending []string) error {
-	warnings := r.settings.SourceWarnings()
+// warn says what [config.Settings.Warnings] has, and whose rows are nobody's. A database that a plan leaves without the tables has none.
+func (r *reach) warn(ctx context.Context, db *gorm.DB, pending []string) error {
+	warnings := r.settings.Warnings()
 	if len(pending) == 0 {
 		names := append(r.settings.SourceNames(), slices.Collect(maps.Keys(r.state.Instances))...)
 		unknown, err := mirror.UnknownSources(ctx, db, names)
