@@ -164,6 +164,8 @@ func errTLS(text string) error {
 	switch {
 	case strings.Contains(text, "remote error: tls:") && strings.Contains(text, "certificate"): // required, bad, unknown authority of it, expired
 		return errClientCert
+	case strings.Contains(text, "after tls handshake"): // how a refusal looks where the answer to it comes too late
+		return errClosedByTLS
 	case strings.Contains(text, "unknown authority"):
 		return errAuthority
 	}
@@ -176,6 +178,8 @@ var (
 		"or leave them out")
 	errAuthority   = errors.New("the broker's certificate comes from an authority that is not known here: name the authority's file in USHER_NATS_CA")
 	errClientCert  = errors.New("the broker wants a client certificate that is valid and comes from an authority that it knows: set USHER_NATS_CERT and USHER_NATS_KEY")
+	errClosedByTLS = errors.New("the broker closed the connection right after the TLS handshake: where that stays so, it wants a client certificate that is valid and comes " +
+		"from an authority that it knows: set USHER_NATS_CERT and USHER_NATS_KEY")
 	errFiles       = errors.New("too many open files: raise the limit of the process that says so (ulimit -n, LimitNOFILE)")
 	errConnections = errors.New("the broker takes no more connections: raise its max_connections, or the account's")
 	errNoStream    = errors.New("no stream took the event: it has no leader for the moment, or is missing (`usher setup` creates it)")
