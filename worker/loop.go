@@ -111,6 +111,7 @@ func (l *loop) consume(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("open consumer %s: %w", l.handler.Name(), stream.Explain(err))
 	}
+	l.watch.opens(consumer.CachedInfo().Delivered.Stream)
 	iter, err := consumer.Messages(
 		jetstream.PullMaxBytes(prefetchBytes),
 		jetstream.PullHeartbeat(5*time.Second), jetstream.PullExpiry(30*time.Second))

@@ -1,6 +1,7 @@
 package worker
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -56,18 +57,26 @@ func (s span) empty() bool { return s.from == 0 || s.to < s.from }
 
 // skips is what a watch knows of skipped events, under its lock.
 type skips struct {
-	spans     []span // to be looked up
-	suspects  []span // of one event each, which the look before has missed
-	told      []span // likewise, of which an operator was told
-	begun     bool   // what was skipped before this process is noted
-	tail      uint64 // what was skipped behind the last delivered event is noted up to here
-	held      uint64 // the consumer's ack floor, where it stands still
+	spans     []span  // to be looked up
+	suspects  []span  // of one event each, which the look before has missed
+	told      []span  // likewise, of which an operator was told
+	opened    *uint64 // the last event that the broker had delivered to anybody when the loop first opened the consumer, nil before
+	begun     bool    // what was skipped before that is noted
+	tail      uint64  // what was skipped behind the last delivered event is noted up to here
+	held      uint64  // the consumer's ack floor, where it stands still
 	heldSince time.Time
 }
 
 // skippedSpans is how many spans wait to be looked up, and skippedALook how many events are looked up at a time: a handler that takes few types
 // skips most events, and a replay for one handler is skipped by all others.
 const skippedSpans, skippedALook = 1000, 500
+
+// opens tells the watch up to which event others have consumed: what comes behind it the loop sees itself.
+func (w *watch) opens(delivered uint64) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.opened = cmp.Or(w.opened, &delivered)
+}
 
 // skipped notes events that the broker did not deliver to the loop, for the next look.
 func (w *watch) skipped(s span) {
@@ -150,7 +159,11 @@ func (w *watch) noteSkipped(info *jetstream.StreamInfo, c *jetstream.ConsumerInf
 			from = min(from, row.FloorSeq)
 		}
 		w.begun = true
-		w.note(span{uint64(from) + 1, c.Delivered.Stream})
+		delivered := c.Delivered.Stream
+		if w.opened != nil {
+			delivered = min(delivered, *w.opened)
+		}
+		w.note(span{uint64(from) + 1, delivered})
 	}
 	if w.tail > last {
 		w.tail = 0
@@ -160,7 +173,7 @@ func (w *watch) noteSkipped(info *jetstream.StreamInfo, c *jetstream.ConsumerInf
 		w.tail = last
 	}
 	// Of an event that it cannot read, and that waits to be redelivered, the broker says that it is in flight, for ever.
-	if held := c.NumAckPending > 0 && c.AckFloor.Stream == w.held; !held {
+	if held := c.NumAckPending > 0 && c.AckFloor.Stream == w.held; !held || w.heldSince.IsZero() {
 		w.held, w.heldSince = c.AckFloor.Stream, time.Now()
 	} else if time.Since(w.heldSince) > c.Config.AckWait {
 		w.heldSince = time.Now()

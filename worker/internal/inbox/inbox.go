@@ -112,10 +112,17 @@ func (i *Inbox) Find(ctx context.Context, tx *gorm.DB, events []event.Ref) (map[
 }
 
 func (i *Inbox) find(ctx context.Context, tx *gorm.DB, source string, ids []string, known map[event.Ref]Known) error {
-	const columns = "SELECT event_id, status, attempts, first_failed_at, next_attempt_at, processed_at, replay_id, stream_seq, reason, received_at, letter_seq FROM deliveries WHERE handler = "
-	query, args := columns+"$1 AND source = $2 AND event_id = ANY($3::text[])", []any{i.handler, source, ids}
-	if !database.IsPostgres(tx) {
-		query, args = columns+"? AND source = ? AND event_id IN (?"+strings.Repeat(",?", len(ids)-1)+")", []any{i.handler, source}
+	const columns = "event_id, status, attempts, first_failed_at, next_attempt_at, processed_at, replay_id, stream_seq, reason, received_at, letter_seq"
+	var query string
+	args := []any{i.handler, source}
+	if database.IsPostgres(tx) {
+		// One look into the index an event. With a plain list of ids PostgreSQL reads all rows of the handler instead while the table has no
+		// statistics, as it has none when a first backlog is applied (20,207 blocks instead of 1,500 at 20,000 rows).
+		query = "SELECT known.* FROM unnest($3::text[]) AS wanted (id) CROSS JOIN LATERAL (SELECT " + columns +
+			" FROM deliveries WHERE handler = $1 AND source = $2 AND event_id = wanted.id LIMIT 1) AS known"
+		args = append(args, ids)
+	} else {
+		query = "SELECT " + columns + " FROM deliveries WHERE handler = ? AND source = ? AND event_id IN (?" + strings.Repeat(",?", len(ids)-1) + ")"
 		for _, id := range ids {
 			args = append(args, id)
 		}
