@@ -158,8 +158,26 @@ func TestThePageShowsWhatWasNotProcessed(t *testing.T) {
 		require.NoError(t, db.Exec("DROP TABLE deliveries").Error)
 		page = r.do(t, http.MethodGet, "/admin", nil)
 		assert.Equal(t, http.StatusOK, page.status)
-		assert.Contains(t, page.body, "usher setup")
+		assert.Contains(t, page.body, "Not known: the database does not answer, or `usher setup` was not run")
+		assert.NotContains(t, page.body, "None.", "where it could not look")
 	})
+}
+
+func TestThePageSaysWhatItDoesNotKnow(t *testing.T) {
+	t.Parallel()
+	broker := natstest.New(t)
+	r := start(t, broker, console.Config{}, console.Deps{})
+	page := func(want string) {
+		t.Helper()
+		got := r.do(t, http.MethodGet, "/admin", nil)
+		assert.Equal(t, http.StatusOK, got.status)
+		assert.Contains(t, got.body, want)
+		assert.NotContains(t, got.body, "<p>None")
+	}
+	page("Not known: " + stream.ErrSetup.Error())
+	page("Not known: the database does not answer, or `usher setup` was not run")
+	broker.Stop()
+	page("Not known: " + stream.ErrUnavailable.Error())
 }
 
 func TestAnswersOfUnknownPathsAndMethods(t *testing.T) {

@@ -2,6 +2,7 @@ package console
 
 import (
 	"context"
+	"errors"
 	"fmt"
 )
 
@@ -15,7 +16,7 @@ type openDeliveries struct {
 // openDeliveries reads only what an index holds: to count the processed ones too would read the whole log.
 func (c *Console) openDeliveries(ctx context.Context) ([]openDeliveries, error) {
 	if c.db == nil {
-		return nil, nil
+		return nil, errors.New("this console has no database")
 	}
 	var counts []openDeliveries
 	err := c.db.WithContext(ctx).Table("deliveries").Select("handler, status, count(*) AS count").

@@ -67,26 +67,26 @@ func (c *Console) consumers(w http.ResponseWriter, r *http.Request) {
 	writeJSON(w, http.StatusOK, listing[stream.Consumer]{Items: items})
 }
 
-// admin answers GET /admin. What cannot be read is said on the page, which stays up.
+// admin answers GET /admin. What cannot be read is said on the page in its place, which stays up.
 func (c *Console) admin(w http.ResponseWriter, r *http.Request) {
 	ctx, cancel := ask(r)
 	defer cancel()
 	var page struct {
-		Consumers []stream.Consumer
-		Open      []openDeliveries
-		Problems  []string
+		Consumers   []stream.Consumer
+		NoConsumers string // why they are not known
+		Open        []openDeliveries
+		NoOpen      string
 	}
 	var err error
 	if page.Consumers, err = stream.Consumers(ctx, c.js); err != nil {
 		c.log.Warn("consumers could not be read", zap.Error(err))
-		_, message := unavailable(err)
-		page.Problems = append(page.Problems, message)
+		_, page.NoConsumers = unavailable(err)
 	}
 	ctx, cancel = ask(r) // time of its own: the broker may have used up its part
 	defer cancel()
 	if page.Open, err = c.openDeliveries(ctx); err != nil {
 		c.log.Warn("deliveries could not be read", zap.Error(err))
-		page.Problems = append(page.Problems, "the database does not answer, or `usher setup` was not run")
+		page.NoOpen = "the database does not answer, or `usher setup` was not run"
 	}
 	var body bytes.Buffer
 	if err := adminPage.Execute(&body, page); err != nil {

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
+	"go.uber.org/zap"
 
 	"github.com/usherhq/usher/pkg/stream"
 )
@@ -26,8 +27,9 @@ const (
 // broker watches the way to the stream, so that readiness answers from memory.
 type broker struct {
 	js     jetstream.JetStream // nil in tests without one: always fine
-	source string              // the default one
-	mute   time.Time           // until when the stream is not asked for: only the watch uses it
+	log    *zap.Logger
+	source string    // the default one
+	mute   time.Time // until when the stream is not asked for: only the watch uses it
 	probed atomic.Pointer[verdict]
 	last   atomic.Pointer[verdict] // of a publish
 }
@@ -88,8 +90,10 @@ func (b *broker) watch(ctx context.Context) {
 	if b.js == nil {
 		return
 	}
+	var last, told string
 	for {
 		b.probed.Store(&verdict{b.probe(ctx), time.Now()})
+		last, told = b.tell(last, told)
 		changed := b.js.Conn().StatusChanged()
 		wait := time.NewTimer(probeEvery)
 		select {
@@ -103,6 +107,24 @@ func (b *broker) watch(ctx context.Context) {
 			return
 		}
 	}
+}
+
+// tell logs, once a cause, that events cannot be stored, and that they can again. What is over by the next look, as the first dialling, is not
+// told. It takes and returns the cause at the last look and the one that was told, "" for none.
+func (b *broker) tell(last, told string) (now, tells string) {
+	err := b.check()
+	if err != nil {
+		now = err.Error()
+	}
+	switch {
+	case now == told || now != last:
+		return now, told
+	case err != nil:
+		b.log.Warn("events cannot be stored: webhooks are answered 503, and their senders try again", zap.Error(err))
+	default:
+		b.log.Info("events can be stored again")
+	}
+	return now, now
 }
 
 // probe asks for the stream. Where nobody answers, the broker may not allow the question (ingest needs no more than to publish): then an

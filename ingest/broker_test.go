@@ -1,7 +1,10 @@
 package ingest
 
 import (
+	"bytes"
 	"context"
+	"fmt"
+	"net/http"
 	"strings"
 	"testing"
 	"time"
@@ -10,7 +13,9 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest/observer"
 
+	"github.com/usherhq/usher/pkg/fixture"
 	"github.com/usherhq/usher/pkg/natstest"
 	"github.com/usherhq/usher/pkg/observe"
 	"github.com/usherhq/usher/pkg/stream"
@@ -19,17 +24,58 @@ import (
 // idle is a service that nothing is sent to.
 func idle(t *testing.T, js jetstream.JetStream, replicas int) *observe.Health {
 	t.Helper()
+	health, _ := running(t, js, replicas, zap.NewNop())
+	return health
+}
+
+func running(t *testing.T, js jetstream.JetStream, replicas int, log *zap.Logger) (*observe.Health, *Service) {
+	t.Helper()
 	publisher := stream.NewPublisher(js, replicas)
 	t.Cleanup(publisher.Close)
 	health := &observe.Health{}
 	s, err := New(Config{Addr: "127.0.0.1:0", Sources: []Source{{Name: "clerk", Secrets: []string{secret}}}},
-		Deps{Publisher: publisher, JetStream: js, Health: health})
+		Deps{Publisher: publisher, JetStream: js, Health: health, Logger: log})
 	require.NoError(t, err)
 	ctx, cancel := context.WithCancel(context.Background())
 	ran := make(chan error, 1)
 	go func() { ran <- s.Run(ctx) }()
 	t.Cleanup(func() { cancel(); <-ran })
-	return health
+	return health, s
+}
+
+// TestItSaysThatEventsCannotBeStored: in the log, in readiness and in the answer; and when they can again.
+func TestItSaysThatEventsCannotBeStored(t *testing.T) {
+	t.Parallel()
+	server := natstest.New(t)
+	_, js := server.Setup()
+	core, logged := observer.New(zap.InfoLevel)
+	health, s := running(t, js, 1, zap.New(core))
+	says(t, health, "")
+	post := func() int {
+		body := []byte(`{"type":"user.created","data":{"id":"user_1"}}`)
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "http://"+s.Addr()+Path, bytes.NewReader(body))
+		require.NoError(t, err)
+		req.Header = fixture.Sign(secret, "msg_1", time.Now(), body)
+		res, err := http.DefaultClient.Do(req)
+		require.NoError(t, err)
+		require.NoError(t, res.Body.Close())
+		return res.StatusCode
+	}
+	require.Equal(t, http.StatusAccepted, post())
+	require.Empty(t, logged.FilterMessageSnippet("events can").All(), "a start like any other")
+
+	server.Stop()
+	says(t, health, "not connected to the broker")
+	require.Equal(t, http.StatusServiceUnavailable, post())
+	require.Eventually(t, func() bool {
+		all := logged.FilterMessageSnippet("events cannot be stored: webhooks are answered 503").FilterLevelExact(zap.WarnLevel).All()
+		return len(all) > 0 && strings.Contains(fmt.Sprint(all[0].ContextMap()), "not connected to the broker")
+	}, time.Minute, 20*time.Millisecond)
+
+	server.Start()
+	says(t, health, "")
+	require.Eventually(t, func() bool { return logged.FilterMessage("events can be stored again").Len() == 1 }, time.Minute, 20*time.Millisecond)
+	require.Equal(t, http.StatusAccepted, post())
 }
 
 func says(t *testing.T, health *observe.Health, words string) {

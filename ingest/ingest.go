@@ -215,7 +215,7 @@ func newService(cfg Config, deps Deps) (*Service, error) {
 		limit: s.cfg.MaxBodyBytesInFlight, places: int(max(1, s.cfg.MaxBodyBytesInFlight/2/(s.cfg.MaxBody+perRequest))),
 		wait: s.cfg.roomWait, patience: s.cfg.bodyPatience,
 	}
-	s.broker.js, s.broker.source = deps.JetStream, s.cfg.Sources[0].Name
+	s.broker.js, s.broker.log, s.broker.source = deps.JetStream, s.log, s.cfg.Sources[0].Name
 	var err error
 	s.metrics, err = newMetrics(deps.Registerer)
 	return s, err

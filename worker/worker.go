@@ -172,7 +172,7 @@ func (w *Worker) Name() string { return "worker" }
 
 // Run applies events until ctx is done; what it holds by then is finished or given back at once. It
 // waits for a database or a broker that is away, and for streams that are not set up yet, and says so in
-// the health checks; the error is about pending migrations only.
+// the health checks; the error is about a database that is newer than this program only.
 func (w *Worker) Run(ctx context.Context) error {
 	for name := range w.loops {
 		w.deps.Health.Add("worker "+name, func() error { return w.check(name) })
@@ -253,24 +253,12 @@ func (w *Worker) check(handler string) error {
 	return w.database.Check()
 }
 
-// waitForDatabase returns once the database answers and its migrations are done, or ctx is.
+// waitForDatabase returns once the database answers and `usher setup` has run, or ctx is done.
 func (w *Worker) waitForDatabase(ctx context.Context) error {
-	policy := outageBackoff()
-	for ctx.Err() == nil {
-		err := database.CheckMigrated(ctx, w.deps.DB)
-		w.waiting.setTrouble(err)
-		if err == nil {
-			return nil
-		}
-		if errors.Is(err, database.ErrPending) || errors.Is(err, database.ErrNewer) {
-			return fmt.Errorf("check migrations: %w", err)
-		}
-		delay := policy.NextBackOff()
-		w.deps.Log.Warn("waiting for the database", zap.Error(err), zap.Duration("delay", delay))
-		select {
-		case <-ctx.Done():
-		case <-time.After(delay):
-		}
+	err := database.AwaitMigrated(ctx, w.deps.DB, w.deps.Log.With(zap.String("service", "worker")), w.waiting.setTrouble)
+	w.waiting.setTrouble(err)
+	if err != nil && ctx.Err() == nil {
+		return fmt.Errorf("check migrations: %w", err)
 	}
 	return nil
 }

@@ -59,7 +59,7 @@ type Settings struct {
 	DataDir        string   `env:"USHER_DATA_DIR, default=./usher-data" doc:"state of dev and serve"`
 	IngestAddr     string   `env:"USHER_INGEST_ADDR, default=:8080" doc:"listener for webhooks"`
 	ConsoleAddr    string   `env:"USHER_CONSOLE_ADDR, default=127.0.0.1:8081" doc:"listener of the console and its API"`
-	OpsAddr        string   `env:"USHER_OPS_ADDR, default=127.0.0.1:8082" doc:"listener for /healthz, /readyz and /metrics"`
+	OpsAddr        string   `env:"USHER_OPS_ADDR, default=127.0.0.1:8082" doc:"listener for /healthz, /readyz and /metrics of the process; as processes of their own, ingest has this default, worker 127.0.0.1:8083, reconciler 127.0.0.1:8084 and console 127.0.0.1:8085"`
 	TrustedProxies Networks `env:"USHER_TRUSTED_PROXIES" doc:"addresses or networks of reverse proxies, comma-separated: their X-Forwarded-For names the sender in the log, and the bound of connections per address does not hold for them"`
 	AdminToken     string   `env:"USHER_ADMIN_TOKEN" secret:"true" doc:"token of the console and its API, at least 16 characters; where none is set one is made and kept in the data folder, and the console binds to loopback only"`
 	AppToken       string   `env:"USHER_APP_TOKEN" secret:"true" doc:"token of applications, at least 16 characters: for GET /api/users/{id}/ensure, nothing else"`

@@ -64,9 +64,8 @@ func Open(ctx context.Context, url, schema string, setting ...string) (*gorm.DB,
 
 // Await is [Open] for a service: it waits until a PostgreSQL that does not answer, or takes no connection yet, does. What waiting
 // does not cure (a wrong password, a database that does not exist, [ErrUnusable]) is an error at once, and so is ctx's end. What
-// [Warnings] names is logged.
-func Await(ctx context.Context, url, schema string, log *zap.Logger, setting ...string) (*gorm.DB, error) {
-	pauses := backoff.NewExponentialBackOff(backoff.WithInitialInterval(100*time.Millisecond), backoff.WithMaxInterval(5*time.Second), backoff.WithMaxElapsedTime(0))
+// [Warnings] names is logged. waits, which may be nil, is told at every try why it waits.
+func Await(ctx context.Context, url, schema string, log *zap.Logger, waits func(error), setting ...string) (*gorm.DB, error) {
 	told := false
 	db, err := backoff.RetryNotifyWithData(func() (*gorm.DB, error) {
 		db, err := Open(ctx, url, schema, setting...)
@@ -74,11 +73,14 @@ func Await(ctx context.Context, url, schema string, log *zap.Logger, setting ...
 			err = backoff.Permanent(err)
 		}
 		return db, err //nolint:wrapcheck // ours, or marked
-	}, backoff.WithContext(pauses, ctx), func(err error, _ time.Duration) {
+	}, backoff.WithContext(pauses(), ctx), func(err error, _ time.Duration) {
 		if !told {
 			log.Warn("database does not answer, waiting for it", zap.Error(err))
 		}
 		told = true
+		if waits != nil {
+			waits(err)
+		}
 	})
 	if err != nil {
 		return nil, err //nolint:wrapcheck // says what it did
@@ -94,6 +96,34 @@ func Await(ctx context.Context, url, schema string, log *zap.Logger, setting ...
 		log.Warn(warning)
 	}
 	return db, nil
+}
+
+// AwaitMigrated waits until the schema is what this program needs, which `usher setup` sees to, and while the database does not answer. A
+// database that is newer than the program is an error at once, and so is ctx's end. waits is as for [Await].
+func AwaitMigrated(ctx context.Context, db *gorm.DB, log *zap.Logger, waits func(error)) error {
+	told := ""
+	err := backoff.RetryNotify(func() error {
+		err := CheckMigrated(ctx, db)
+		if errors.Is(err, ErrNewer) {
+			return backoff.Permanent(err)
+		}
+		return err
+	}, backoff.WithContext(pauses(), ctx), func(err error, _ time.Duration) {
+		if told != err.Error() {
+			log.Warn("database is not set up, waiting for it", zap.Error(err))
+		}
+		told = err.Error()
+		waits(err)
+	})
+	if err == nil && told != "" {
+		log.Info("database is set up")
+	}
+	return err //nolint:wrapcheck // ours
+}
+
+// pauses are those between two tries of what may take for ever.
+func pauses() backoff.BackOff {
+	return backoff.NewExponentialBackOff(backoff.WithInitialInterval(100*time.Millisecond), backoff.WithMaxInterval(5*time.Second), backoff.WithMaxElapsedTime(0))
 }
 
 // gormConfig: every caller opens its own transactions, and errors are logged where the decision falls. Statements

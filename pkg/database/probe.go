@@ -19,6 +19,9 @@ import (
 // ErrMissing is wrapped by the errors of [Probe] that name what of Usher's the database has no more.
 var ErrMissing = errors.New("database lacks what belongs to Usher")
 
+// errNotThere is ErrMissing of tables and columns.
+var errNotThere = fmt.Errorf("%w", ErrMissing)
+
 var errReadOnly = errors.New("database is read-only")
 
 // Probe asks, in two short queries, whether Usher's tables can be used now: that the database answers, that schema, tables and columns
@@ -37,6 +40,11 @@ func Probe(ctx context.Context, db *gorm.DB, writes ...string) error {
 		err = probePostgres(ctx, pool, d, want, writes)
 	case dialector:
 		err = probeSQLite(ctx, pool, d, want)
+	}
+	if errors.Is(err, errNotThere) { // never, perhaps
+		if pending := CheckMigrated(ctx, db); errors.Is(pending, ErrPending) {
+			return pending
+		}
 	}
 	var open *OpenError
 	if err == nil || errors.As(err, &open) || errors.Is(err, ErrMissing) || errors.Is(err, ErrAuth) || errors.Is(err, errReadOnly) {
@@ -106,7 +114,7 @@ func probePostgres(ctx context.Context, pool *sql.DB, d pgDialector, want []tabl
 	case err != nil:
 		return err //nolint:wrapcheck // Probe wraps it
 	case !exists:
-		return fmt.Errorf("schema %q does not exist in database %q, it was dropped or renamed: rename it back or restore it; to begin with an empty one run `usher setup`, then `usher backfill` (%w)", schema, database, ErrMissing)
+		return fmt.Errorf("schema %q does not exist in database %q: run `usher setup`; where it was there before, it was dropped or renamed: rename it back or restore it, or begin with an empty one by `usher setup` and `usher backfill` (%w)", schema, database, ErrMissing)
 	case !usable:
 		return fmt.Errorf("user %q may not use schema %q: GRANT USAGE ON SCHEMA %s (%w)", user, schema, schema, ErrAuth)
 	case standby && len(writes) > 0:
@@ -176,7 +184,7 @@ func missing(where string, tables []string, columns []tableColumn) error {
 		more = fmt.Sprintf(" and %d more", len(what)-most)
 		what = what[:most]
 	}
-	return fmt.Errorf("%s does not have %s%s: it was dropped or renamed; rename it back, or restore it from a backup (%w)", where, strings.Join(what, ", "), more, ErrMissing)
+	return fmt.Errorf("%s does not have %s%s: it was dropped or renamed; rename it back, or restore it from a backup (%w)", where, strings.Join(what, ", "), more, errNotThere)
 }
 
 func probeSQLite(ctx context.Context, pool *sql.DB, d dialector, want []tableColumn) error {

@@ -34,7 +34,7 @@ import (
 func awaited(t *testing.T, address string) ([]string, error) {
 	t.Helper()
 	core, logs := observer.New(zap.InfoLevel)
-	db, err := database.Await(t.Context(), address, dbtest.Schema, zap.New(core), "DATABASE_URL")
+	db, err := database.Await(t.Context(), address, dbtest.Schema, zap.New(core), nil, "DATABASE_URL")
 	if err == nil {
 		require.Equal(t, `"usher"`, show(t, db, "search_path"))
 		require.NoError(t, database.Close(db))

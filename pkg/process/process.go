@@ -16,6 +16,7 @@ import (
 	"os/signal"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"text/tabwriter"
 	"time"
@@ -44,6 +45,9 @@ type Program struct {
 	Name string
 	// Short is one sentence on what it does, for --help.
 	Short string
+	// OpsAddr is where operations listen where USHER_OPS_ADDR is not set: each service has a port of its own, so that all of them run on
+	// one machine. "" is the setting's default.
+	OpsAddr string
 	// Check looks for what is wrong with the service's own settings and opens nothing; nil: they have no rules of their
 	// own. Of a config.Problems every line is reported. It is asked also where other settings are wrong, which
 	// then have their defaults.
@@ -64,7 +68,8 @@ type Process struct {
 	// Beside are services that run with the one that Start returns: guards of what the process cannot do without, watchers.
 	Beside []lifecycle.Service
 
-	name string
+	name    string
+	waiting atomic.Pointer[string] // what the start waits for, nil once it has ended
 }
 
 // Main runs a program until SIGINT or SIGTERM and exits. It takes no arguments but --help.
@@ -88,6 +93,9 @@ func help(args []string, stdout, stderr io.Writer, program Program) int {
 	table := tabwriter.NewWriter(stdout, 0, 0, 2, ' ', 0)
 	for _, s := range config.Describe() {
 		text := s.Doc
+		if s.Name == opsAddr && program.OpsAddr != "" {
+			s.Default = program.OpsAddr
+		}
 		if s.Default != "" {
 			text += " (default " + s.Default + ")"
 		}
@@ -131,9 +139,18 @@ func (p *Process) run(ctx context.Context, start func(context.Context, *Process)
 	defer func() { err = errors.Join(err, p.Closers.Close()) }()
 	ops, err := observe.NewOps(p.Settings.OpsAddr, p.Health, p.Registry, p.Log.With(zap.String("service", p.name)))
 	if err != nil {
-		return err
+		return fmt.Errorf("%s: %w", opsAddr, err)
 	}
-	p.Closers.Add(func() error { ops.Close(); return nil })
+	p.WaitingFor("its start")
+	p.Health.Add("start", func() error {
+		if what := p.waiting.Load(); what != nil {
+			return errors.New("waiting for " + *what)
+		}
+		return nil
+	})
+	front := serve(ctx, ops)
+	p.Closers.Add(front.close)
+	p.Log.Info("operations listen", zap.String("service", p.name), zap.String("addr", ops.Addr()))
 	service, err := start(ctx, p)
 	if err != nil && ctx.Err() != nil {
 		p.Log.Info("stopped while starting", zap.String("service", p.name), zap.Error(err))
@@ -142,8 +159,51 @@ func (p *Process) run(ctx context.Context, start func(context.Context, *Process)
 	if err != nil {
 		return fmt.Errorf("start: %w", err)
 	}
-	p.Log.Info("operations listen", zap.String("service", p.name), zap.String("addr", ops.Addr()))
-	return lifecycle.Run(ctx, append([]lifecycle.Service{ops, service}, p.Beside...)...)
+	p.waiting.Store(nil)
+	return lifecycle.Run(ctx, append([]lifecycle.Service{front, service}, p.Beside...)...)
+}
+
+// WaitingFor says what the start waits for, in readiness. It is over when Start returns.
+func (p *Process) WaitingFor(what string) { p.waiting.Store(&what) }
+
+// WaitingForDatabase is WaitingFor of a database, with why it is not there yet.
+func (p *Process) WaitingForDatabase(why error) { p.WaitingFor("the database: " + why.Error()) }
+
+// operations answer from before the start, which may wait for long and says so, until everything else is closed. As a service they end
+// with their failure.
+type operations struct {
+	stop context.CancelFunc
+	done chan struct{}
+	err  error // once done is closed
+}
+
+func serve(ctx context.Context, ops *observe.Ops) *operations {
+	ctx, stop := context.WithCancel(context.WithoutCancel(ctx))
+	o := &operations{stop: stop, done: make(chan struct{})}
+	go func() {
+		defer close(o.done)
+		o.err = ops.Run(ctx)
+	}()
+	return o
+}
+
+// Name implements lifecycle.Service.
+func (*operations) Name() string { return "ops" }
+
+// Run implements lifecycle.Service.
+func (o *operations) Run(ctx context.Context) error {
+	select {
+	case <-o.done:
+		return o.err
+	case <-ctx.Done():
+		return nil
+	}
+}
+
+func (o *operations) close() error {
+	o.stop()
+	<-o.done
+	return o.err
 }
 
 // drainTime bounds the draining of the connection, which the services have flushed by then where it matters to them. A broker
@@ -176,6 +236,8 @@ func (p *Process) Connect() (jetstream.JetStream, error) {
 	return stream.JetStream(nc)
 }
 
+const opsAddr = "USHER_OPS_ADDR"
+
 // load reads the settings and looks for everything that is wrong with them. Where other packages have found something about a
 // setting, nothing more is said of that setting.
 func load(environ config.Environ, program Program) (*config.Settings, config.Problems) {
@@ -186,6 +248,9 @@ func load(environ config.Environ, program Program) (*config.Settings, config.Pro
 		named[setting(line)] = true
 	}
 	var more config.Problems
+	if program.OpsAddr != "" && settings.Origin(opsAddr) == "default" {
+		settings.OpsAddr = program.OpsAddr
+	}
 	if settings.NATSURL == "" {
 		more = append(more, "USHER_NATS_URL: not set: a broker is needed, such as nats://127.0.0.1:4222 (`usher dev` and `usher serve` bring their own)")
 	}

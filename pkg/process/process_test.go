@@ -366,6 +366,60 @@ func TestSignalsStopTheProcessWith0(t *testing.T) {
 	}
 }
 
+func TestReadinessSaysWhatAStartWaitsFor(t *testing.T) {
+	t.Parallel()
+	ops := freeAddr(t)
+	proceed, code := make(chan struct{}), make(chan int, 1)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	go func() {
+		code <- process.Run(ctx, environ("USHER_OPS_ADDR="+ops), io.Discard, process.Program{
+			Name: "tester", Start: func(_ context.Context, p *process.Process) (lifecycle.Service, error) {
+				p.WaitingForDatabase(errors.New("it sleeps"))
+				<-proceed
+				return service{}, nil
+			},
+		})
+	}()
+	require.Eventually(t, func() bool { return strings.Contains(readyz(t, ops), "waiting for the database: it sleeps") }, time.Minute, 20*time.Millisecond)
+	close(proceed)
+	require.Eventually(t, func() bool { return ready(t, ops) }, time.Minute, 20*time.Millisecond)
+	cancel()
+	assert.Equal(t, process.Stopped, <-code)
+}
+
+func TestOperationsListenWhereTheServiceSaysUnlessTheSettingDoes(t *testing.T) {
+	t.Parallel()
+	own, set := freeAddr(t), freeAddr(t)
+	for want, environ := range map[string]config.Environ{
+		own: {"USHER_NATS_URL=nats://127.0.0.1:1", "USHER_LOG_LEVEL=error"}, set: environ("USHER_OPS_ADDR=" + set),
+	} {
+		ctx, cancel := context.WithCancel(t.Context())
+		code := make(chan int, 1)
+		one := program(nil)
+		one.OpsAddr = own
+		go func() { code <- process.Run(ctx, environ, io.Discard, one) }()
+		require.Eventually(t, func() bool { return readyz(t, want) != "" }, time.Minute, 20*time.Millisecond)
+		cancel()
+		assert.Equal(t, process.Stopped, <-code)
+	}
+}
+
+func readyz(t *testing.T, ops string) string {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+ops+"/readyz", nil)
+	require.NoError(t, err)
+	req.Close = true
+	res, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return ""
+	}
+	defer res.Body.Close()
+	body, err := io.ReadAll(res.Body)
+	require.NoError(t, err)
+	return string(body)
+}
+
 func ready(t *testing.T, ops string) bool {
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+ops+"/readyz", nil)
 	require.NoError(t, err)

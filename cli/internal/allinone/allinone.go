@@ -123,7 +123,7 @@ func New(ctx context.Context, cfg Config) (_ *Instance, err error) {
 	}
 	i.waitingFor("the database, or bringing it up to date")
 	if cfg.Mode == "serve" { // for real: a machine that starts may have its database a minute later
-		i.DB, err = database.Await(ctx, s.DatabaseURL, s.DatabaseSchema, log, s.DatabaseSetting())
+		i.DB, err = database.Await(ctx, s.DatabaseURL, s.DatabaseSchema, log, func(err error) { i.waitingFor("the database: " + err.Error()) }, s.DatabaseSetting())
 	} else {
 		i.DB, err = database.Open(ctx, s.DatabaseURL, s.DatabaseSchema, s.DatabaseSetting())
 	}
@@ -131,6 +131,7 @@ func New(ctx context.Context, cfg Config) (_ *Instance, err error) {
 		return nil, err
 	}
 	i.closers.Add(func() error { return database.Close(i.DB) })
+	i.waitingFor("the database, or bringing it up to date")
 	if cfg.Mode == "dev" {
 		if err := takeDatabase(ctx, i.DB, s.DatabaseSchema, s.SourceNames()); err != nil {
 			return nil, err

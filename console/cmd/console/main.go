@@ -14,16 +14,17 @@ import (
 )
 
 var program = process.Program{
-	Name:  console.Name,
-	Short: "console serves the pages and the API of operators, and `ensure` for applications.",
-	Check: func(s *config.Settings) error { return console.ConfigFrom(s).Validate() },
-	Start: start,
+	Name:    console.Name,
+	Short:   "console serves the pages and the API of operators, and `ensure` for applications.",
+	OpsAddr: "127.0.0.1:8085",
+	Check:   func(s *config.Settings) error { return console.ConfigFrom(s).Validate() },
+	Start:   start,
 }
 
 func main() { process.Main(program) }
 
 func start(ctx context.Context, p *process.Process) (lifecycle.Service, error) {
-	db, err := database.Await(ctx, p.Settings.DatabaseURL, p.Settings.DatabaseSchema, p.Log, p.Settings.DatabaseSetting())
+	db, err := database.Await(ctx, p.Settings.DatabaseURL, p.Settings.DatabaseSchema, p.Log, p.WaitingForDatabase, p.Settings.DatabaseSetting())
 	if err != nil {
 		return nil, err
 	}

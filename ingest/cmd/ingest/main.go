@@ -13,8 +13,9 @@ import (
 )
 
 var program = process.Program{
-	Name:  "ingest",
-	Short: "ingest receives Clerk's webhooks and stores them in the event stream before it answers.",
+	Name:    "ingest",
+	Short:   "ingest receives Clerk's webhooks and stores them in the event stream before it answers.",
+	OpsAddr: "127.0.0.1:8082",
 	Check: func(s *config.Settings) error {
 		_, err := ingest.ConfigFrom(s)
 		return err

@@ -15,9 +15,10 @@ import (
 )
 
 var program = process.Program{
-	Name:  reconciler.Name,
-	Short: "reconciler compares Clerk's API with the mirror, publishes events for what was missed, and notices when no webhook comes.",
-	Start: start,
+	Name:    reconciler.Name,
+	Short:   "reconciler compares Clerk's API with the mirror, publishes events for what was missed, and notices when no webhook comes.",
+	OpsAddr: "127.0.0.1:8084",
+	Start:   start,
 }
 
 func main() { process.Main(program) }
@@ -27,11 +28,11 @@ func start(ctx context.Context, p *process.Process) (lifecycle.Service, error) {
 	var db *gorm.DB
 	if len(cfg.Sources) > 0 { // without a key there is nothing to compare
 		var err error
-		if db, err = database.Await(ctx, p.Settings.DatabaseURL, p.Settings.DatabaseSchema, p.Log, p.Settings.DatabaseSetting()); err != nil {
+		if db, err = database.Await(ctx, p.Settings.DatabaseURL, p.Settings.DatabaseSchema, p.Log, p.WaitingForDatabase, p.Settings.DatabaseSetting()); err != nil {
 			return nil, err
 		}
 		p.Closers.Add(func() error { return database.Close(db) })
-		if err := database.CheckMigrated(ctx, db); err != nil {
+		if err := database.AwaitMigrated(ctx, db, p.Log, p.WaitingForDatabase); err != nil {
 			return nil, err
 		}
 	}

@@ -15,6 +15,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/usherhq/usher/pkg/config"
+	"github.com/usherhq/usher/pkg/database"
 	"github.com/usherhq/usher/pkg/natstest"
 	"github.com/usherhq/usher/pkg/process"
 	"github.com/usherhq/usher/pkg/stream"
@@ -63,10 +64,45 @@ func TestWithoutAKeyItNeedsNoDatabaseAndRunsUntilItIsStopped(t *testing.T) {
 	}
 }
 
-func TestWithAKeyItRefusesADatabaseThatIsNotMigrated(t *testing.T) {
+func TestWithAKeyItWaitsForADatabaseThatIsNotSetUp(t *testing.T) {
 	t.Parallel()
-	assert.Equal(t, process.Failed, process.Run(t.Context(), config.Environ{
-		"USHER_NATS_URL=nats://127.0.0.1:1", "USHER_DATABASE_URL=sqlite:" + filepath.Join(t.TempDir(), "usher.db"), "USHER_OPS_ADDR=127.0.0.1:0",
-		"CLERK_SECRET_KEY=sk_test_x",
-	}, &bytes.Buffer{}, program))
+	url := "sqlite:" + filepath.Join(t.TempDir(), "usher.db")
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	ops := listener.Addr().String()
+	require.NoError(t, listener.Close())
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	code := make(chan int, 1)
+	go func() {
+		code <- process.Run(ctx, config.Environ{
+			"USHER_NATS_URL=nats://127.0.0.1:1", "USHER_DATABASE_URL=" + url, "USHER_OPS_ADDR=" + ops, "CLERK_SECRET_KEY=sk_test_x", "USHER_LOG_LEVEL=error",
+		}, &bytes.Buffer{}, program)
+	}()
+	readiness := func(want string, not ...string) {
+		t.Helper()
+		require.EventuallyWithT(t, func(c *assert.CollectT) {
+			req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+ops+"/readyz", nil)
+			require.NoError(c, err)
+			req.Close = true
+			res, err := http.DefaultClient.Do(req)
+			require.NoError(c, err)
+			defer res.Body.Close()
+			body, err := io.ReadAll(res.Body)
+			require.NoError(c, err)
+			assert.Contains(c, string(body), want)
+			for _, text := range not {
+				assert.NotContains(c, string(body), text)
+			}
+		}, time.Minute, 20*time.Millisecond)
+	}
+	readiness("waiting for the database: migrations are pending: run `usher setup`")
+	db, err := database.Open(t.Context(), url, "")
+	require.NoError(t, err)
+	_, err = database.Migrate(t.Context(), db)
+	require.NoError(t, err)
+	require.NoError(t, database.Close(db))
+	readiness("not connected to the broker", "migrations are pending")
+	cancel()
+	assert.Equal(t, process.Stopped, <-code)
 }

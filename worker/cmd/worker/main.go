@@ -14,16 +14,17 @@ import (
 )
 
 var program = process.Program{
-	Name:  "worker",
-	Short: "worker applies the events of the stream to the database.",
-	Check: func(s *config.Settings) error { return worker.ConfigFrom(s).Validate() },
-	Start: start,
+	Name:    "worker",
+	Short:   "worker applies the events of the stream to the database.",
+	OpsAddr: "127.0.0.1:8083",
+	Check:   func(s *config.Settings) error { return worker.ConfigFrom(s).Validate() },
+	Start:   start,
 }
 
 func main() { process.Main(program) }
 
 func start(ctx context.Context, p *process.Process) (lifecycle.Service, error) {
-	db, err := database.Await(ctx, p.Settings.DatabaseURL, p.Settings.DatabaseSchema, p.Log, p.Settings.DatabaseSetting())
+	db, err := database.Await(ctx, p.Settings.DatabaseURL, p.Settings.DatabaseSchema, p.Log, p.WaitingForDatabase, p.Settings.DatabaseSetting())
 	if err != nil {
 		return nil, err
 	}
