@@ -55,7 +55,7 @@ type APIConfig struct {
 	Hook func(*http.Request)
 }
 
-// API serves the state of a [Clerk] as Clerk's Backend API does, below /v1. It is safe for concurrent use,
+// API serves the state of a [Clerk] as Clerk's Backend API does, below /v1, and takes wishes at [TriggerPath]. It is safe for concurrent use,
 // also while a story is being told. What it does not implement it refuses with 404 or 422, never with a guess.
 type API struct {
 	cfg   APIConfig
@@ -109,6 +109,7 @@ func (c *Clerk) API(cfg APIConfig) *API {
 		"GET /v1/sessions":                            a.sessions,
 		"GET /v1/sessions/{id}":                       a.session,
 		"POST /v1/webhooks/svix_url":                  a.portal,
+		"POST " + TriggerPath:                         a.trigger,
 		"/": func(c *call) {
 			c.fail(http.StatusNotFound, "not_found", "not found", "The emulator does not serve this path.", "")
 		},

@@ -77,6 +77,9 @@ type Clerk struct {
 	recent   []*life
 	orgs     int
 	opened   bool
+
+	triggered int64 // ms, when the last event was triggered
+	persons   int   // who were triggered, from a random number on
 }
 
 // New returns an instance in which nothing has happened yet.

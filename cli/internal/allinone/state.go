@@ -37,7 +37,7 @@ type State struct {
 	Settings []config.Setting `json:"settings,omitempty"`
 	// SigningSecret is the secret that dev made up; serve writes none.
 	SigningSecret string `json:"signing_secret,omitempty"`
-	// ClerkAPIURL and ClerkSecretKey are the emulated Clerk of a demo, so that verify and reconcile compare with that.
+	// ClerkAPIURL and ClerkSecretKey are dev's emulated Clerk: verify and reconcile compare with that, and trigger lets events happen there.
 	ClerkAPIURL    string `json:"clerk_api_url,omitempty"`
 	ClerkSecretKey string `json:"clerk_secret_key,omitempty"`
 }

@@ -45,7 +45,8 @@ func (c *cli) dev() *cobra.Command {
 		Long: "dev runs Usher with an embedded broker and a throw-away database, whatever the environment says of others, and makes up\n" +
 			"a signing secret where none is set. It uses another database only by --database-url, in PostgreSQL in the schema usher_dev,\n" +
 			"which it keeps, and only where no rows but its own are. Where a default port is taken it uses the next free one.\n" +
-			"With --demo an offline Clerk tells a story of sign-ups, sessions,\n" +
+			"An offline Clerk answers for Clerk's API, unless CLERK_SECRET_KEY is set: what `usher trigger` sends has happened there, and\n" +
+			"`usher verify` compares with it. With --demo it tells a story of sign-ups, sessions,\n" +
 			"organizations and deletions with all event types, delivers 5% of the events twice and 10% out of order; some\n" +
 			"fail twice, one is dead-lettered, repaired and replayed; and a ledger shows what became of every one.",
 		Example: "  usher dev\n  usher dev --demo\n  usher dev --demo --exit --output json\n  usher trigger user.created   # in another terminal",
@@ -91,7 +92,7 @@ func (c *cli) runDev(ctx context.Context, o devOptions) (err error) {
 	cfg := allinone.Config{
 		Settings: settings, Mode: "dev", Dir: dir, Ephemeral: true, SigningSecret: made, Log: log,
 	}
-	var clerk *emulator.Clerk
+	var clerk *emulator.Clerk // nil: the real one
 	faults := &demoFaults{flaky: map[string]bool{}}
 	if o.demo {
 		cfg.ChangeWorker = faults.change
@@ -99,6 +100,8 @@ func (c *cli) runDev(ctx context.Context, o devOptions) (err error) {
 			cfg.Log = zap.NewNop() // the demo tells its failures itself
 		}
 		o.seed = cmp.Or(o.seed, mathrand.Uint64())
+	}
+	if o.demo || settings.ClerkSecretKey == "" {
 		clerk = emulator.New(emulator.Config{Seed: o.seed, InstanceID: settings.ClerkInstanceID, Start: time.Now().Add(-o.before()), NULs: true})
 		cfg.ClerkSecretKey = "sk_test_" + base64.RawURLEncoding.EncodeToString(key)
 		var stop func()
@@ -118,11 +121,10 @@ func (c *cli) runDev(ctx context.Context, o devOptions) (err error) {
 				return err
 			}
 		}
-		verify := ""
-		if o.demo || settings.ClerkSecretKey != "" { // else there is no Clerk to compare with
-			verify = ", `usher verify`"
+		if clerk == nil {
+			_, _ = fmt.Fprintln(info, "CLERK_SECRET_KEY is set: `usher verify` and sweeps ask that Clerk, which does not know what `usher trigger` makes up.")
 		}
-		_, _ = fmt.Fprintf(info, "Try `usher trigger user.created`%s and `usher events list` in another terminal. Stop with Ctrl-C (process %d).\n", verify, os.Getpid())
+		_, _ = fmt.Fprintf(info, "Try `usher trigger user.created`, `usher verify` and `usher events list` in another terminal. Stop with Ctrl-C (process %d).\n", os.Getpid())
 		<-ctx.Done()
 		return nil
 	})

@@ -11,11 +11,13 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"github.com/tidwall/gjson"
 
 	"github.com/usherhq/usher/cli/internal/allinone"
 	"github.com/usherhq/usher/pkg/config"
 	"github.com/usherhq/usher/pkg/database"
 	"github.com/usherhq/usher/pkg/dbtest"
+	"github.com/usherhq/usher/pkg/emulator"
 )
 
 // dev is a running `usher dev`.
@@ -152,4 +154,25 @@ func TestDevTakesTheNextFreePort(t *testing.T) {
 	_, other, _ := net.SplitHostPort(next)
 	assert.NotEqual(t, next, freeAddr(t.Context(), address, []string{other}), "another listener is to have it")
 	assert.Equal(t, "127.0.0.1:0", freeAddr(t.Context(), "127.0.0.1:0", nil))
+}
+
+// TestTheDemosStoryEndsInThePast: nothing in it is dated later than now but what is due later by its nature, as the end of a period.
+func TestTheDemosStoryEndsInThePast(t *testing.T) {
+	t.Parallel()
+	for _, users := range []int{1, 20, 200, 1000} {
+		for seed := range uint64(8) {
+			o := devOptions{demo: true, users: users}
+			now := time.Now()
+			clerk := emulator.New(emulator.Config{Seed: seed, Start: now.Add(-o.before()), NULs: true})
+			for e := range clerk.Story(users) {
+				require.False(t, e.At.After(now), "%d users, seed %d: %s at %s", users, seed, e.Type, e.At)
+				data := gjson.GetBytes(e.Body, "data")
+				for _, field := range []string{"created_at", "updated_at", "last_active_at", "last_sign_in_at", "latest_activity.created_at", "period_start", "paid_at", "billing_date", "user.last_active_at"} {
+					if ms := data.Get(field).Int(); ms > now.UnixMilli() {
+						require.Fail(t, "in the future", "%d users, seed %d: %s of %s at %s", users, seed, field, e.Type, time.UnixMilli(ms))
+					}
+				}
+			}
+		}
+	}
 }

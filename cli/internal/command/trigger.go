@@ -18,10 +18,12 @@ import (
 
 	"github.com/schollz/progressbar/v3"
 	"github.com/spf13/cobra"
+	"github.com/tidwall/gjson"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/time/rate"
 
 	"github.com/usherhq/usher/ingest"
+	"github.com/usherhq/usher/pkg/emulator"
 	"github.com/usherhq/usher/pkg/event"
 	"github.com/usherhq/usher/pkg/fixture"
 )
@@ -42,9 +44,13 @@ func (c *cli) trigger() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "trigger [TYPE]",
 		Short: "Send signed events as Clerk would",
-		Long: "trigger makes events of a type from canonical payloads, with fresh ids and times that are the same wherever one\n" +
-			"event names them, signs them as Clerk's deliveries are signed, and posts them to the ingest: the running\n" +
-			"`usher dev` or `usher serve` of the data folder, or --url. They take the road of a real event.\n\n" +
+		Long: "trigger makes events of a type from canonical payloads, each of another person, signs them as Clerk's deliveries\n" +
+			"are signed, and posts them to the ingest: the running `usher dev` or `usher serve` of the data folder, or --url.\n" +
+			"They take the road of a real event.\n\n" +
+			"Beside `usher dev` they happen at its offline Clerk: a session belongs to a user who is there, a membership to a\n" +
+			"user and an organization, and what is missing for that is sent first; an update, an end or a deletion is of the\n" +
+			"newest object, or of --set data.id=…; and `usher verify` finds no drift. Elsewhere every event has objects of its\n" +
+			"own, which Clerk does not know.\n\n" +
 			"The signing secret is CLERK_WEBHOOK_SIGNING_SECRET (the first of several), for the URL of another source\n" +
 			"USHER_SOURCE_<NAME>_SIGNING_SECRET, else the one that the running `usher dev` made up.\n\n" +
 			"Exit code 0: all were accepted. 1: some were refused. 2: wrong use, or the ingest could not be reached.",
@@ -62,7 +68,7 @@ func (c *cli) trigger() *cobra.Command {
 		},
 	}
 	f := cmd.Flags()
-	f.StringArrayVar(&o.sets, "set", nil, "set a value of the envelope, `PATH=VALUE` such as data.first_name=Ada (JSON where it is valid JSON); repeatable")
+	f.StringArrayVar(&o.sets, "set", nil, "set a value of the envelope, `PATH=VALUE` such as data.first_name=Ada (JSON where it is valid JSON; a path that the event does not have is added, and said); repeatable")
 	f.IntVar(&o.count, "count", 1, "events to send")
 	f.Float64Var(&o.rate, "rate", 0, "most events per second (0: as fast as they are answered)")
 	f.IntVar(&o.parallel, "parallel", 8, "events on their way at once")
@@ -98,6 +104,9 @@ type sent struct {
 	Duplicate  bool    `json:"duplicate"`
 	DurationMS float64 `json:"duration_ms"`
 	Error      string  `json:"error"` // code and message of a refusal
+
+	object string // the id of what it is about
+	before bool   // it was not asked for: another one needs it
 }
 
 func (s sent) accepted() bool { return s.Status/100 == 2 }
@@ -111,7 +120,7 @@ func (c *cli) runTrigger(ctx context.Context, args []string, o triggerOptions) e
 	case o.parallel < 1 || o.parallel > 256:
 		return fmt.Errorf("--parallel %d: want 1 to 256", o.parallel)
 	}
-	newBody, err := c.bodies(args, o)
+	wish, err := c.wish(args, o)
 	if err != nil {
 		return err
 	}
@@ -122,7 +131,11 @@ func (c *cli) runTrigger(ctx context.Context, args []string, o triggerOptions) e
 	out := newSentPrinter(c.env.Stdout, o.output)
 	bar := c.bar(o)
 	start := time.Now()
-	err = to.sendAll(ctx, o, newBody, func(s sent) {
+	err = to.sendAll(ctx, o, wish, func(s sent) {
+		if s.before {
+			c.say("note: %s %s was sent first (%s, status %d): %s needs it", s.Type, s.object, s.ID, s.Status, wish.Type)
+			return
+		}
 		out.add(s)
 		_ = bar.Add(1)
 	})
@@ -165,11 +178,11 @@ func (c *cli) bar(o triggerOptions) *progressbar.ProgressBar {
 		progressbar.OptionShowIts(), progressbar.OptionSetItsString("events"), progressbar.OptionClearOnFinish())
 }
 
-// bodies returns what makes the body of each event.
-func (c *cli) bodies(args []string, o triggerOptions) (func() ([]byte, error), error) {
+// wish says which events are to be made.
+func (c *cli) wish(args []string, o triggerOptions) (emulator.Wish, error) {
 	if o.fromFile != "" {
 		if len(args) > 0 || len(o.sets) > 0 {
-			return nil, errors.New("--from-file sends a whole envelope: leave out TYPE and --set, and change the file instead")
+			return emulator.Wish{}, errors.New("--from-file sends a whole envelope: leave out TYPE and --set, and change the file instead")
 		}
 		var body []byte
 		var err error
@@ -179,32 +192,102 @@ func (c *cli) bodies(args []string, o triggerOptions) (func() ([]byte, error), e
 			body, err = os.ReadFile(o.fromFile)
 		}
 		if err != nil {
-			return nil, fmt.Errorf("read envelope: %w", err)
+			return emulator.Wish{}, fmt.Errorf("read envelope: %w", err)
 		}
 		if _, err := event.Decode(body); err != nil {
 			_, _ = fmt.Fprintf(c.env.Stderr, "%s is no event (%v); it is sent all the same\n", o.fromFile, err)
 		}
-		return func() ([]byte, error) { return body, nil }, nil
+		return emulator.Wish{Type: o.fromFile, Body: append([]byte{}, body...)}, nil
 	}
 	if len(args) == 0 {
-		return nil, errors.New("which TYPE? `usher trigger --list` prints all; `usher trigger user.created` is a good first")
+		return emulator.Wish{}, errors.New("which TYPE? `usher trigger --list` prints all; `usher trigger user.created` is a good first")
 	}
 	typ := args[0]
 	if err := knownType(typ); err != nil {
-		return nil, err
+		return emulator.Wish{}, err
 	}
 	sets := make([]fixture.PathValue, len(o.sets))
 	for i, text := range o.sets {
 		var err error
 		if sets[i], err = fixture.ParseSet(text); err != nil {
-			return nil, fmt.Errorf("--%w, such as data.first_name=Ada", err)
+			return emulator.Wish{}, fmt.Errorf("--%w, such as data.first_name=Ada", err)
 		}
 	}
-	newBody := func() ([]byte, error) { return fixture.Make(typ, sets...) }
-	if _, err := newBody(); err != nil { // a wrong path is wrong use, known before anything is sent
-		return nil, err
+	// A wrong path is wrong use, known before anything is sent.
+	plain, err := fixture.Make(typ)
+	if err != nil {
+		return emulator.Wish{}, err
 	}
-	return newBody, nil
+	for _, s := range sets {
+		if err := c.checkPath(typ, plain, s.Path); err != nil {
+			return emulator.Wish{}, err
+		}
+		if plain, err = fixture.Apply(plain, s); err != nil {
+			return emulator.Wish{}, err
+		}
+	}
+	return emulator.Wish{Type: typ, Set: sets}, nil
+}
+
+// checkPath says what a set would add, and refuses a path that looks like a slip of one that is there.
+func (c *cli) checkPath(typ string, body []byte, path string) error {
+	if gjson.GetBytes(body, path).Exists() {
+		return nil
+	}
+	parts := strings.Split(path, ".")
+	slip := func(meant string) error {
+		return fmt.Errorf("--set %s: %s has no such field; did you mean %s? (--from-file sends any envelope as it is)", path, typ, meant)
+	}
+	if first := gjson.GetBytes(body, parts[0]); !first.Exists() && gjson.GetBytes(body, "data."+parts[0]).Exists() {
+		return slip("data." + path)
+	}
+	// The deepest value that is there, and the first name that it does not have.
+	depth := 0
+	for depth < len(parts)-1 && gjson.GetBytes(body, strings.Join(parts[:depth+1], ".")).Exists() {
+		depth++
+	}
+	parent := gjson.ParseBytes(body)
+	if depth > 0 {
+		parent = gjson.GetBytes(body, strings.Join(parts[:depth], "."))
+	}
+	free := slices.ContainsFunc(parts[:depth], func(part string) bool { return strings.HasSuffix(part, "_metadata") }) // keys of the application's own
+	if parent.IsObject() && !free {
+		var names []string
+		for name := range parent.Map() {
+			names = append(names, name)
+		}
+		if near := nearest(parts[depth], names, slips(parts[depth])); len(near) > 0 {
+			meant := append(slices.Clone(parts[:depth]), near[0])
+			if parent.Get(near[0] + ".0." + parts[depth]).Exists() { // as email_address, of which there are several
+				meant = append(meant, "0", parts[depth])
+			}
+			return slip(strings.Join(append(meant, parts[depth+1:]...), "."))
+		}
+		if depth == 0 {
+			for name := range gjson.GetBytes(body, "data").Map() {
+				names = append(names, name)
+			}
+			if near := nearest(parts[0], names, slips(parts[0])); len(near) > 0 {
+				return slip("data." + strings.Join(append(near[:1], parts[1:]...), "."))
+			}
+		}
+	}
+	c.say("note: --set %s: %s has no such field: it is added", path, typ)
+	return nil
+}
+
+// slips is how many letters of a name may be wrong.
+func slips(name string) int { return min(2, len(name)/3) }
+
+// nearest are the names that one may have been meant for, the nearest ones first. cobra knows which are near: it does the same for commands.
+func nearest(name string, names []string, distance int) []string {
+	parent := &cobra.Command{SuggestionsMinimumDistance: distance}
+	for _, known := range names {
+		parent.AddCommand(&cobra.Command{Use: known, Run: func(*cobra.Command, []string) {}})
+	}
+	near := parent.SuggestionsFor(name)
+	slices.Sort(near)
+	return near
 }
 
 // knownType names the near ones where there is no payload of a type.
@@ -213,12 +296,7 @@ func knownType(typ string) error {
 	if slices.Contains(names, typ) {
 		return nil
 	}
-	// cobra knows which names are near: it does the same for commands.
-	parent := &cobra.Command{SuggestionsMinimumDistance: 4}
-	for _, name := range names {
-		parent.AddCommand(&cobra.Command{Use: name, Run: func(*cobra.Command, []string) {}})
-	}
-	near := parent.SuggestionsFor(typ)
+	near := nearest(typ, names, 4)
 	if len(near) == 0 {
 		resource := strings.ToLower(event.Type(typ).Resource())
 		for _, name := range names {
@@ -240,6 +318,56 @@ type target struct {
 	signer   *fixture.Signer
 	secretOf string // where the secret comes from
 	client   *http.Client
+	clerk    offlineClerk
+}
+
+// offlineClerk is where events happen before they are sent.
+type offlineClerk interface {
+	wish(ctx context.Context, w emulator.Wish) ([]emulator.Event, error)
+}
+
+// alone is a Clerk that nobody can ask.
+type alone struct{ *emulator.Clerk }
+
+func (a alone) wish(_ context.Context, w emulator.Wish) ([]emulator.Event, error) {
+	w.Alone = true
+	return a.Trigger(w)
+}
+
+// running is the offline Clerk of a running dev.
+type running struct {
+	url, key string
+	client   *http.Client
+}
+
+func (r running) wish(ctx context.Context, w emulator.Wish) ([]emulator.Event, error) {
+	body, err := json.Marshal(w)
+	if err != nil {
+		return nil, fmt.Errorf("make the event: %w", err)
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, r.url, bytes.NewReader(body))
+	if err != nil {
+		return nil, fmt.Errorf("make the event: %w", err)
+	}
+	req.Header.Set("Authorization", "Bearer "+r.key)
+	resp, err := r.client.Do(req)
+	if err != nil {
+		return nil, fmt.Errorf("no answer from the offline Clerk of `usher dev`: does it still run? %w", err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	answer, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return nil, fmt.Errorf("read the offline Clerk's answer: %w", err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("the offline Clerk of `usher dev` does not make this event: %s",
+			cmp.Or(gjson.GetBytes(answer, "errors.0.long_message").String(), resp.Status))
+	}
+	var made emulator.Wished
+	if err := json.Unmarshal(answer, &made); err != nil || len(made.Events) == 0 {
+		return nil, errors.New("read the offline Clerk's answer: it is none")
+	}
+	return made.Events, nil
 }
 
 func (c *cli) target(o triggerOptions) (*target, error) {
@@ -262,8 +390,9 @@ func (c *cli) target(o triggerOptions) (*target, error) {
 		u.Path = ingest.Path
 		t.url = u.String()
 	}
-	secret := ""
+	secret, source := "", r.settings.Source
 	if name, ok := strings.CutPrefix(u.Path, ingest.Path+"/"); ok {
+		source = name
 		for _, src := range r.settings.Sources[1:] {
 			if src.Name == name && len(src.SigningSecrets) > 0 {
 				secret, t.secretOf = src.SigningSecrets[0], "USHER_SOURCE_"+strings.ToUpper(name)+"_SIGNING_SECRET"
@@ -286,11 +415,16 @@ func (c *cli) target(o triggerOptions) (*target, error) {
 	t.client = &http.Client{Transport: transport, Timeout: 20 * time.Second, CheckRedirect: func(*http.Request, []*http.Request) error {
 		return http.ErrUseLastResponse // Svix follows none: a redirect is a refusal
 	}}
+	if t.url == r.state.IngestURL && r.state.ClerkAPIURL != "" {
+		t.clerk = running{strings.TrimSuffix(r.state.ClerkAPIURL, "/v1") + emulator.TriggerPath, r.state.ClerkSecretKey, t.client}
+	} else {
+		t.clerk = alone{emulator.New(emulator.Config{InstanceID: r.instances()[source]})}
+	}
 	return t, nil
 }
 
 // sendAll sends all events, done is called for each in turn. It stops at the first that gets no answer.
-func (t *target) sendAll(ctx context.Context, o triggerOptions, newBody func() ([]byte, error), done func(sent)) error {
+func (t *target) sendAll(ctx context.Context, o triggerOptions, wish emulator.Wish, done func(sent)) error {
 	defer t.client.CloseIdleConnections()
 	limiter := rate.NewLimiter(rate.Inf, 1)
 	if o.rate > 0 {
@@ -301,15 +435,24 @@ func (t *target) sendAll(ctx context.Context, o triggerOptions, newBody func() (
 	var next atomic.Int64
 	for range min(o.parallel, o.count) {
 		group.Go(func() error {
-			for next.Add(1) <= int64(o.count) {
+			for n := next.Add(1); n <= int64(o.count); n = next.Add(1) {
 				if err := limiter.Wait(groupCtx); err != nil {
 					return err //nolint:wrapcheck // the context's own
 				}
-				s, err := t.send(groupCtx, newBody)
+				one := wish
+				one.Nth = int(n - 1)
+				events, err := t.clerk.wish(groupCtx, one)
 				if err != nil {
 					return err
 				}
-				results <- s
+				for i, e := range events {
+					s, err := t.send(groupCtx, e.Body)
+					if err != nil {
+						return err
+					}
+					s.object, s.before = e.ObjectID, i < len(events)-1
+					results <- s
+				}
 			}
 			return nil
 		})
@@ -326,11 +469,7 @@ func (t *target) sendAll(ctx context.Context, o triggerOptions, newBody func() (
 }
 
 // send delivers one event. The error is about an ingest that gave no answer.
-func (t *target) send(ctx context.Context, newBody func() ([]byte, error)) (sent, error) {
-	body, err := newBody()
-	if err != nil {
-		return sent{}, err
-	}
+func (t *target) send(ctx context.Context, body []byte) (sent, error) {
 	s := sent{ID: fixture.NewID()}
 	if e, err := event.Decode(body); err == nil {
 		s.Type = string(e.Type)

@@ -2,11 +2,13 @@ package command
 
 import (
 	"context"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -117,6 +119,60 @@ func TestTriggerOfAnUnknownTypeNamesNearOnes(t *testing.T) {
 		assert.Contains(t, r.err, near, typ)
 		assert.Contains(t, r.err, typ)
 	}
+}
+
+func TestTriggerSaysWhatASetWouldAdd(t *testing.T) {
+	t.Parallel()
+	var mu sync.Mutex
+	var bodies []string
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		mu.Lock()
+		bodies = append(bodies, string(body))
+		mu.Unlock()
+		w.WriteHeader(http.StatusAccepted)
+	}))
+	defer srv.Close()
+	h := newHarness(t, "CLERK_WEBHOOK_SIGNING_SECRET="+fixture.Secret)
+	for set, meant := range map[string]string{
+		"first_name=Ada": "data.first_name", "data.frist_name=Ada": "data.first_name", "data.email_address=a@example.com": "data.email_addresses.0.email_address",
+		"unsafe_metadata.plan=pro": "data.unsafe_metadata.plan", "frist_name=Ada": "data.first_name", "dta.first_name=Ada": "data.first_name",
+	} {
+		r := h.Run("trigger", "user.created", "--url", srv.URL, "--set", set).want(exitUsage)
+		assert.Contains(t, r.err, "did you mean "+meant+"?", set)
+	}
+	assert.Empty(t, bodies, "nothing was sent")
+	for set, path := range map[string]string{
+		"data.shoe_size=42": "data.shoe_size", "data.unsafe_metadata.newsleter=1": "data.unsafe_metadata.newsleter", "data.email_addresses.1.email_address=b@example.com": "data.email_addresses.1.email_address",
+	} {
+		r := h.Run("trigger", "user.created", "--url", srv.URL, "--set", set).want(exitOK)
+		assert.Contains(t, r.err, "note: --set "+path+": user.created has no such field: it is added", set)
+		assert.True(t, gjson.Get(bodies[len(bodies)-1], path).Exists(), set)
+	}
+	r := h.Run("trigger", "user.created", "--url", srv.URL, "--set", "data.first_name=Ada").want(exitOK)
+	assert.NotContains(t, r.err, "note:")
+}
+
+func TestTriggerWithCountIsOfDifferentPeople(t *testing.T) {
+	t.Parallel()
+	var mu sync.Mutex
+	names, addresses, ids := map[string]bool{}, map[string]bool{}, map[string]bool{}
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		data := gjson.GetBytes(body, "data")
+		mu.Lock()
+		names[data.Get("first_name").String()+data.Get("last_name").String()] = true
+		addresses[data.Get("email_addresses.0.email_address").String()] = true
+		ids[data.Get("id").String()] = true
+		mu.Unlock()
+		w.WriteHeader(http.StatusAccepted)
+	}))
+	defer srv.Close()
+	h := newHarness(t, "CLERK_WEBHOOK_SIGNING_SECRET="+fixture.Secret)
+	h.Run("trigger", "user.created", "--url", srv.URL, "--count", "100").want(exitOK)
+	assert.Len(t, names, 100)
+	assert.Len(t, addresses, 100)
+	assert.Len(t, ids, 100)
 }
 
 func TestTriggerWithoutAnIngestSaysWhatToDo(t *testing.T) {
