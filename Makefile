@@ -32,10 +32,21 @@ FILES     ?= 1024
 help: ## print this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do printf '%-14s %s\n' "$$target" "$$text"; done
 
+# No flags of its own: with others everything would be compiled again, which `go run`, `go test` and the end-to-end tests have compiled already.
 .PHONY: build
 build: ## build usher and the services into bin/
 	@mkdir -p bin
-	CGO_ENABLED=0 go build -trimpath -o bin/ ./cli/cmd/usher $(foreach s,$(SERVICES),./$(s)/cmd/$(s))
+	@./scripts/compile build -o bin/ -- ./cli/cmd/usher $(foreach s,$(SERVICES),./$(s)/cmd/$(s))
+	@echo "built bin/usher $(addprefix bin/,$(SERVICES))"
+
+.PHONY: install
+install: ## build usher and put it where `go install` does, $GOBIN or ~/go/bin
+	@./scripts/compile install -- ./cli/cmd/usher
+	@dir=$$(go env GOBIN); dir=$${dir:-$$(go env GOPATH | cut -d: -f1)/bin}; echo "installed $$dir/usher"; \
+	case ":$$PATH:" in \
+		*":$$dir:"*) [ "$$(command -v usher)" = "$$dir/usher" ] || echo "another usher comes first in PATH: $$(command -v usher)" >&2;; \
+		*) echo "$$dir is not in PATH; for this shell: export PATH=\"$$dir:\$$PATH\"" >&2;; \
+	esac
 
 .PHONY: test
 test: ## run every test once with the race detector; installs what is missing (PostgreSQL, PgBouncer, strace, a C compiler)
