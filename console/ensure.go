@@ -18,6 +18,7 @@ import (
 	"gorm.io/gorm"
 
 	"github.com/usherhq/usher/pkg/clerk"
+	"github.com/usherhq/usher/pkg/config"
 	"github.com/usherhq/usher/pkg/event"
 	"github.com/usherhq/usher/pkg/mirror"
 	"github.com/usherhq/usher/pkg/stream"
@@ -111,7 +112,7 @@ func (c *Console) ensureUser(w http.ResponseWriter, r *http.Request) {
 	wait := defaultWait
 	if text := query.Get("wait"); text != "" {
 		var err error
-		if wait, err = time.ParseDuration(text); err != nil || wait < 0 || wait > maxWait {
+		if wait, err = config.ParseDuration(text); err != nil || wait < 0 || wait > maxWait {
 			writeError(w, http.StatusBadRequest, "invalid_wait", "wait: want a duration from 0s to "+maxWait.String()+", such as 500ms")
 			return
 		}

@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"strings"
 	"testing"
 	"time"
 
@@ -118,10 +119,35 @@ func TestRefusalsNameTheSender(t *testing.T) {
 		d.Logger, c.TrustedProxies = zap.New(core), []netip.Prefix{netip.MustParsePrefix("127.0.0.1/32")}
 	})
 	require.Equal(t, 401, b.send(delivery{secret: euSecret, header: http.Header{"X-Forwarded-For": {"6.6.6.6, 192.0.2.7"}}}).status)
-	require.Equal(t, 404, b.send(delivery{path: "/x"}).status)
+	require.Equal(t, 404, b.send(delivery{method: http.MethodGet, path: "/x"}).status)
 	refused := logs.FilterMessage("request refused").All()
 	require.Len(t, refused, 2)
 	assert.Equal(t, "192.0.2.7", refused[0].ContextMap()["remote_addr"])
 	assert.Equal(t, "127.0.0.1", refused[1].ContextMap()["remote_addr"])
 	assert.Equal(t, "not_found", refused[1].ContextMap()["reason"])
+}
+
+// TestAWebhookAtAWrongPathIsLoggedWithTheRightOnes: whoever typed the URL into Clerk's dashboard reads here what is wrong with it.
+func TestAWebhookAtAWrongPathIsLoggedWithTheRightOnes(t *testing.T) {
+	t.Parallel()
+	core, logs := observer.New(zap.InfoLevel)
+	b := setup(t, func(_ *Config, d *Deps) { d.Logger = zap.New(core) })
+	for range 100 { // a flood of other refusals hides it not
+		b.send(delivery{method: http.MethodGet, path: "/"})
+	}
+	require.Equal(t, 404, b.send(delivery{path: "/api/webhooks?token=hush"}).status)
+	require.Equal(t, 404, b.send(delivery{path: Path + "/us"}).status)
+	require.Equal(t, 404, b.send(delivery{path: "/" + strings.Repeat("x", 4000)}).status)
+	wrong := logs.FilterMessageSnippet("webhook at a wrong path").All()
+	require.Len(t, wrong, 3)
+	fields := wrong[0].ContextMap()
+	assert.Equal(t, "/api/webhooks", fields["path"])
+	assert.Equal(t, "127.0.0.1", fields["remote_addr"])
+	assert.Equal(t, []any{Path, Path + "/eu"}, fields["right_paths"])
+	assert.Equal(t, "unknown_source", wrong[1].ContextMap()["reason"])
+	assert.Less(t, len(wrong[2].ContextMap()["path"].(string)), 200)
+	for range 200 {
+		b.send(delivery{path: "/api/webhooks"})
+	}
+	assert.Less(t, logs.FilterMessageSnippet("webhook at a wrong path").Len(), 150, "sampled")
 }

@@ -145,6 +145,7 @@ func (s *Service) receive(w http.ResponseWriter, r *http.Request) (_ event.Event
 // judge looks at all that is known of a request before its body. name is the source's, as far as it is known.
 func (s *Service) judge(r *http.Request) (source verifier, name string, headers signed, res result) {
 	below, ok := strings.CutPrefix(r.URL.Path, Path)
+	below = strings.TrimSuffix(below, "/") // which is easily typed into Clerk's dashboard
 	name = strings.TrimPrefix(below, "/")
 	switch {
 	case !ok, below != "" && (name == "" || len(name) == len(below)), strings.Contains(name, "/"):
@@ -240,9 +241,39 @@ func publishFailure(err error) result {
 
 // refused logs a refusal before the event's id is known to be true; so it is not logged.
 func (s *Service) refused(res result, source string, r *http.Request) result {
-	s.log.Warn("request refused", zap.String("reason", string(res)), zap.String("source", source),
-		zap.String("remote_addr", listen.Remote(r, s.cfg.TrustedProxies)))
+	fields := []zap.Field{zap.String("reason", string(res)), zap.String("source", source), zap.String("remote_addr", listen.Remote(r, s.cfg.TrustedProxies))}
+	if r.Method != http.MethodPost || res != notFound && res != unknownSource {
+		s.log.Warn("request refused", fields...)
+		return res
+	}
+	// A line of its own, so that it is not left out with those of a flood: perhaps the endpoint's URL in Clerk is wrong.
+	s.log.Warn("webhook at a wrong path: the URL of the endpoint in Clerk's dashboard must end with one of the right paths",
+		append(fields, zap.String("path", shownPath(r.URL.Path)), zap.Strings("right_paths", s.paths()))...)
 	return res
+}
+
+// shownPath is the beginning of a path; a stranger may send any.
+func shownPath(path string) string {
+	const most = 100
+	if path = strings.ToValidUTF8(path, "?"); len(path) > most {
+		return strings.ToValidUTF8(path[:most], "") + "…"
+	}
+	return path
+}
+
+// paths are where webhooks are taken.
+func (s *Service) paths() []string {
+	var paths []string
+	for i, src := range s.cfg.Sources {
+		switch {
+		case len(src.Secrets) == 0:
+		case i == 0:
+			paths = append(paths, Path)
+		default:
+			paths = append(paths, Path+"/"+src.Name)
+		}
+	}
+	return paths
 }
 
 // firstSize is the size of the buffer with which a body begins.

@@ -657,11 +657,11 @@ func (l *loop) judge(ctx context.Context, failures []failure) []verdict {
 	now := time.Now()
 	verdicts := make([]verdict, len(failures))
 	for i, f := range failures {
-		attempt, reason := f.known.Attempts+1, reasonOf(f.err)
+		attempt, reason, text := f.known.Attempts+1, reasonOf(f.err), errorText(f.err)
 		v := verdict{failure: f, action: decide(f.err, attempt, l.cfg.Attempts, ctx.Err() != nil)}
 		v.entry = inbox.Entry{
-			Event: &f.event, Status: inbox.Retrying, Attempts: attempt, Error: deadletter.OneLine(f.err.Error()), Reason: string(reason), FirstFailedAt: f.known.FirstFailedAt,
-			Fingerprint: deadletter.Fingerprint(l.handler.Name(), reason, f.err.Error()),
+			Event: &f.event, Status: inbox.Retrying, Attempts: attempt, Error: deadletter.OneLine(text), Reason: string(reason), FirstFailedAt: f.known.FirstFailedAt,
+			Fingerprint: deadletter.Fingerprint(l.handler.Name(), reason, text),
 		}
 		if v.entry.FirstFailedAt.IsZero() {
 			v.entry.FirstFailedAt = now
@@ -683,6 +683,15 @@ func (l *loop) judge(ctx context.Context, failures []failure) []verdict {
 		verdicts[i] = v
 	}
 	return verdicts
+}
+
+// errorText is an error with the name of the constraint first that it is about, so that it is read whatever quotes the rest.
+func errorText(err error) string {
+	text := err.Error()
+	if name := database.Constraint(err); name != "" {
+		return name + ": " + text
+	}
+	return text
 }
 
 // failAll does what decide says about events that failed for their own reasons.

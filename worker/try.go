@@ -53,6 +53,9 @@ func try(ctx context.Context, db *gorm.DB, h Handler, e event.Event) error {
 // Reason names an error of [Try] in the closed set.
 func Reason(err error) deadletter.Reason { return reasonOf(err) }
 
+// ErrorText is what the worker writes of an error of an event into the delivery log and the dead letter, before it is made one line.
+func ErrorText(err error) string { return errorText(err) }
+
 // IsOutage tells whether an error of [Try] is the infrastructure's and says nothing about the event.
 func IsOutage(err error) bool { return isOutage(err) }
 

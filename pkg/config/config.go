@@ -323,11 +323,24 @@ func Load(environ Environ, flags map[string]string) (*Settings, error) {
 
 // decode reads one field, its default where lookup has nothing.
 func decode(field reflect.StructField, lookup Lookup) (reflect.Value, error) {
+	var wrong error
+	if field.Type == reflect.TypeFor[time.Duration]() { // of which the library knows no days
+		set := lookup
+		lookup = func(key string) (string, bool) {
+			text, ok := set(key)
+			if !ok {
+				return "", false
+			}
+			d, err := ParseDuration(text)
+			wrong = err
+			return d.String(), true
+		}
+	}
 	one := reflect.New(reflect.StructOf([]reflect.StructField{{Name: field.Name, Type: field.Type, Tag: field.Tag}}))
 	err := envconfig.ProcessWith(context.Background(), &envconfig.Config{
 		Target: one.Interface(), Lookuper: lookuper(lookup), DefaultNoInit: true,
 	})
-	return one.Elem().Field(0), err
+	return one.Elem().Field(0), cmp.Or(wrong, err)
 }
 
 type lookuper Lookup

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"regexp"
 	"strings"
 	"syscall"
 
@@ -105,6 +106,44 @@ func IsConstraint(err error) bool {
 	}
 	var lite *sqlite.Error
 	return errors.As(err, &lite) && lite.Code()&0xff == 19
+}
+
+// sqliteConstraintRE finds what SQLite says of a refusal by a rule of the schema; it has no field for that.
+var sqliteConstraintRE = regexp.MustCompile(`(UNIQUE|NOT NULL|CHECK) constraint failed: ([^()]+?)(?: \(\d+\))?$|FOREIGN KEY constraint failed`)
+
+// Constraint names the rule of the schema by which the database refused the data, as far as it says: a constraint, or a column; empty where
+// err is no such refusal.
+func Constraint(err error) string {
+	var pg *pgconn.PgError
+	var lite *sqlite.Error
+	switch {
+	case !IsConstraint(err):
+		return ""
+	case errors.As(err, &pg) && pg.ConstraintName != "":
+		return "constraint " + pg.ConstraintName + ofTable(pg.TableName)
+	case errors.As(err, &pg) && pg.ColumnName != "":
+		return "column " + pg.ColumnName + ofTable(pg.TableName)
+	case errors.As(err, &lite):
+		m := sqliteConstraintRE.FindStringSubmatch(lite.Error())
+		switch {
+		case m == nil:
+			return ""
+		case m[1] == "CHECK":
+			return "constraint " + m[2]
+		case m[1] == "":
+			return "a foreign key"
+		default:
+			return strings.ToLower(m[1]) + " " + m[2]
+		}
+	}
+	return ""
+}
+
+func ofTable(name string) string {
+	if name == "" {
+		return ""
+	}
+	return " of table " + name
 }
 
 // isMissingTable tells whether a query named a table that does not exist. SQLite has no code for that, only its words.

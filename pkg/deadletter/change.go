@@ -26,7 +26,10 @@ type Result struct {
 	Applied   int    // of the replayed: known to be applied
 	Failed    int    // of the replayed: known to have failed again
 	Open      int    // of the replayed: without an outcome, where outcomes are waited for
+	Retrying  int    // of the failed and the open: tried again by their handlers
 	Stopped   string // why it ended early
+
+	NextAttemptAt *time.Time // the earliest of the retrying
 }
 
 // page is how many letters a run holds at once (fewer where [replay.PageBytes] are full before), and parallel how many of them it reads
@@ -79,6 +82,7 @@ func Replay(ctx context.Context, js jetstream.JetStream, db *gorm.DB, f Filter, 
 		err = run.Finish(ctx)
 	}
 	o.Progress(run.Progress())
+	result.Retrying, result.NextAttemptAt = run.Retrying(ctx)
 	if whole { // what was selected and neither published nor lost was taken, or discarded before it was applied
 		lost := result.Gone - result.Taken
 		result.Gone = max(lost, result.Selected-result.Replayed)

@@ -19,7 +19,6 @@ import (
 	"strconv"
 	"strings"
 	"time"
-	"unicode/utf8"
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
@@ -131,15 +130,11 @@ func Fingerprint(handler string, reason Reason, errText string) string {
 	return hex.EncodeToString(sum[:6])
 }
 
-// OneLine makes an error text fit for a header and a column: one line of valid UTF-8 of at most 2 KiB.
+// OneLine makes an error text fit for a header and a column: one line of valid UTF-8 of at most 2 KiB, with … where it was longer.
 func OneLine(s string) string {
 	s = strings.Join(strings.Fields(strings.ToValidUTF8(strings.ReplaceAll(s, "\x00", "\uFFFD"), "\uFFFD")), " ")
 	if len(s) <= maxError {
 		return s
 	}
-	s = s[:maxError]
-	for !utf8.ValidString(s) {
-		s = s[:len(s)-1]
-	}
-	return s
+	return strings.ToValidUTF8(s[:maxError-len("…")], "") + "…"
 }

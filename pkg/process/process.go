@@ -110,7 +110,11 @@ func help(args []string, stdout, stderr io.Writer, program Program) int {
 // goes to the process's own.
 func Run(ctx context.Context, environ config.Environ, stderr io.Writer, program Program) int {
 	settings, problems := load(environ, program)
+	unknown := environ.UnknownNames() // the cause of what is missing, perhaps
 	if len(problems) > 0 {
+		for _, warning := range unknown {
+			fmt.Fprintf(stderr, "%s: warning: %s\n", program.Name, warning)
+		}
 		fmt.Fprintf(stderr, "%s: %v\n", program.Name, problems)
 		return WrongSettings
 	}
@@ -120,7 +124,7 @@ func Run(ctx context.Context, environ config.Environ, stderr io.Writer, program 
 		return Failed
 	}
 	defer func() { _ = log.Sync() }() // a terminal refuses it, and nothing could be done
-	for _, warning := range settings.Warnings() {
+	for _, warning := range append(unknown, settings.Warnings()...) {
 		log.Warn(warning, zap.String("service", program.Name))
 	}
 	p := &Process{Settings: settings, Log: log, Registry: observe.NewRegistry(), Health: &observe.Health{}, name: program.Name}

@@ -120,6 +120,18 @@ func TestEveryWrongSettingIsListedOnceAndNothingStarts(t *testing.T) {
 	}
 }
 
+// TestAMisspeltVariableIsNamedBesideWhatIsMissing: it is the cause.
+func TestAMisspeltVariableIsNamedBesideWhatIsMissing(t *testing.T) {
+	t.Parallel()
+	var stderr bytes.Buffer
+	code := process.Run(t.Context(), config.Environ{"USHER_NATS_ULR=nats://joe:hunter2@nats.example.com", "CLERK_PUBLISHABLE_KEY=pk_test_x"}, &stderr, program(nil))
+	assert.Equal(t, process.WrongSettings, code)
+	assert.Contains(t, stderr.String(), "tester: warning: USHER_NATS_ULR: did you mean USHER_NATS_URL?\n")
+	assert.Contains(t, stderr.String(), "USHER_NATS_URL: not set")
+	assert.NotContains(t, stderr.String(), "hunter2")
+	assert.NotContains(t, stderr.String(), "PUBLISHABLE")
+}
+
 // unusable is an error as of a database that no waiting makes good.
 type unusable struct{ error }
 

@@ -184,6 +184,7 @@ type Run struct {
 	passed   int           // of the applied, those whose outcome was waited for
 	ahead    int           // how many may be open
 	open     map[key]watch // published and without an outcome
+	failed   map[key]watch // failed again, maybe to be retried
 	moved    time.Time     // when the last outcome was seen, or the last event published
 }
 
@@ -215,7 +216,7 @@ func New(js jetstream.JetStream, db *gorm.DB, o Options) *Run {
 	if o.Patience == 0 {
 		o.Patience = 30 * time.Second
 	}
-	return &Run{js: js, db: db, opts: o, limiter: rate.NewLimiter(limit, 1), ahead: firstAhead, open: map[key]watch{}, moved: time.Now()}
+	return &Run{js: js, db: db, opts: o, limiter: rate.NewLimiter(limit, 1), ahead: firstAhead, open: map[key]watch{}, failed: map[key]watch{}, moved: time.Now()}
 }
 
 // Progress is how far the run has come.
@@ -396,6 +397,7 @@ type row struct {
 	ReplayID                *string
 	StreamSeq               *uint64
 	ProcessedAt             *time.Time
+	NextAttemptAt           *time.Time
 }
 
 func (r row) ref() event.Ref { return event.Ref{Source: r.Source, ID: r.EventID} }
@@ -427,7 +429,7 @@ func (r *Run) rows(ctx context.Context, handler string, events []event.Ref) ([]r
 	for source, ids := range event.BySource(events) {
 		var part []row
 		err := r.db.WithContext(ctx).Table("deliveries").Where("handler = ? AND source = ? AND event_id IN ?", handler, source, ids).
-			Select("source, event_id, status, attempts, replay_id, stream_seq, processed_at").Find(&part).Error
+			Select("source, event_id, status, attempts, replay_id, stream_seq, processed_at, next_attempt_at").Find(&part).Error
 		if err != nil {
 			return nil, fmt.Errorf("look what became of replays: %w", err)
 		}
@@ -458,6 +460,7 @@ func (r *Run) look(ctx context.Context) (int, error) {
 					delete(r.open, k)
 				case failed:
 					r.progress.Failed++
+					r.failed[k] = r.open[k]
 					delete(r.open, k)
 				case discarded:
 					r.progress.Published--
@@ -472,6 +475,40 @@ func (r *Run) look(ctx context.Context) (int, error) {
 		r.ahead = min(lastAhead, r.ahead+seen)
 	}
 	return seen, nil
+}
+
+// retryingTime bounds how long a run that has ended may ask what is left.
+const retryingTime = 10 * time.Second
+
+// Retrying is how many events of the run have failed and are tried again by their handlers, and when the first of them is. It looks again, also
+// where ctx has ended; what the database does not tell is left out.
+func (r *Run) Retrying(ctx context.Context) (n int, next *time.Time) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), retryingTime)
+	defer cancel()
+	byHandler := map[string][]event.Ref{}
+	for _, left := range []map[key]watch{r.failed, r.open} {
+		for k := range left {
+			byHandler[k.handler] = append(byHandler[k.handler], k.event)
+		}
+	}
+	for handler, events := range byHandler {
+		for part := range slices.Chunk(events, maxWindow) {
+			rows, err := r.rows(ctx, handler, part)
+			if err != nil {
+				return n, next
+			}
+			for _, row := range rows {
+				if row.Status != "retrying" || row.NextAttemptAt == nil {
+					continue
+				}
+				n++
+				if at := row.NextAttemptAt.UTC(); next == nil || at.Before(*next) {
+					next = &at
+				}
+			}
+		}
+	}
+	return n, next
 }
 
 type outcome int

@@ -172,9 +172,7 @@ func New(ctx context.Context, cfg Config) (_ *Instance, err error) {
 	i.State.NATSURL, i.State.DatabaseURL, i.State.DatabaseSchema = b.url, absoluteDatabase(s.DatabaseURL), s.DatabaseSchema
 	i.State.SigningSecret, i.State.ClerkAPIURL, i.State.ClerkSecretKey = cfg.SigningSecret, cfg.ClerkAPIURL, cfg.ClerkSecretKey
 	i.State.Instances = worker.ConfigFrom(s).Instances
-	if cfg.Mode == "dev" {
-		i.State.Settings = s.List()
-	}
+	i.State.Settings = s.List()
 	if err := i.State.write(s.DataDir); err != nil {
 		return nil, err
 	}

@@ -33,7 +33,7 @@ type State struct {
 	AdminToken string `json:"admin_token,omitempty"`
 	// Instances are the Clerk instances that the worker holds events to, by source, so that a dry run judges as it does.
 	Instances map[string]string `json:"instances,omitempty"`
-	// Settings are those that dev runs with, secrets masked, for `usher config`; serve writes none.
+	// Settings are those that it runs with, secrets masked, for `usher config`.
 	Settings []config.Setting `json:"settings,omitempty"`
 	// SigningSecret is the secret that dev made up; serve writes none.
 	SigningSecret string `json:"signing_secret,omitempty"`

@@ -3,6 +3,7 @@ package command
 import (
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 	"time"
 
@@ -25,11 +26,11 @@ func (c *cli) backfill() *cobra.Command {
 		Example: "  usher backfill\n  usher backfill --resource users --resource organizations",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return c.runReconcile(cmd.Context(), o, reconciler.Options{Kind: reconciler.Backfill, Resources: o.resources, Wait: o.wait})
+			return c.runReconcile(cmd.Context(), o, reconciler.Options{Kind: reconciler.Backfill, Resources: o.resources, Wait: time.Duration(o.wait)})
 		},
 	}
 	o.addFlags(cmd)
-	c.settingFlags(cmd, false)
+	c.settingFlags(cmd, slices.Concat(bothSettings, clerkSettings, []string{"USHER_STREAM_REPLICAS"})...)
 	return cmd
 }
 

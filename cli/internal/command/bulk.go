@@ -16,6 +16,7 @@ import (
 	"gorm.io/gorm"
 
 	"github.com/usherhq/usher/pkg/audit"
+	"github.com/usherhq/usher/pkg/config"
 	"github.com/usherhq/usher/pkg/replay"
 )
 
@@ -25,7 +26,7 @@ type bulk struct {
 	actor            string
 	rate             float64
 	stopAt           float64 // percent
-	patience         time.Duration
+	patience         config.Duration
 	output           output
 }
 
@@ -46,7 +47,8 @@ func (b *bulk) addReplayFlags(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.Float64Var(&b.rate, "rate", 0, "events a second (0: as fast as the handler takes them)")
 	f.Float64Var(&b.stopAt, "stop-at", 5, "stop when more than so many `percent` fail again (100: never, and do not wait for outcomes)")
-	f.DurationVar(&b.patience, "patience", 30*time.Second, "how long to wait without news from the handler")
+	b.patience = config.Duration(30 * time.Second)
+	f.Var(&b.patience, "patience", "how long to wait without news from the handler")
 }
 
 // check refuses what is not said clearly enough. selected tells whether there is a selector.
@@ -67,14 +69,14 @@ func (b *bulk) checkNumbers() error {
 	case b.stopAt < 0 || b.stopAt > 100:
 		return fmt.Errorf("--stop-at %g: want a percentage", b.stopAt)
 	case b.patience < 0:
-		return fmt.Errorf("--patience %s: want a positive time", b.patience)
+		return fmt.Errorf("--patience %s: want a positive time", &b.patience)
 	}
 	return nil
 }
 
 // replayOptions are the flags as a run wants them.
 func (c *cli) replayOptions(b *bulk) replay.Options {
-	o := replay.Options{Rate: b.rate, StopAt: b.stopAt / 100, Patience: b.patience, Outage: c.outage()}
+	o := replay.Options{Rate: b.rate, StopAt: b.stopAt / 100, Patience: time.Duration(b.patience), Outage: c.outage()}
 	if b.stopAt == 0 { // zero means the default there
 		o.StopAt = 1e-9
 	}
@@ -106,6 +108,7 @@ type bulkResult struct {
 
 	Applied   int       `json:"applied"`              // of the replayed, known to be applied by now
 	Unsettled int       `json:"unsettled"`            // of the replayed, those whose outcome was waited for in vain
+	Retrying  int       `json:"retrying"`             // of the failed and the unsettled, those that their handlers try again by themselves
 	Gone      int       `json:"gone"`                 // not replayed: the body is not kept any more (those failed), or somebody else took the letter
 	Taken     int       `json:"-"`                    // of the gone: by somebody else
 	WouldPass *int      `json:"would_pass,omitempty"` // of a dry run that tried
@@ -113,6 +116,8 @@ type bulkResult struct {
 	Run       string    `json:"run,omitempty"`        // of a replay of events: for --resume
 	Earlier   int       `json:"earlier"`              // of a replay of events that goes on: replayed before it was broken off; they count as applied
 	LeftOut   int       `json:"left_out"`             // of a replay of events: not replayed, since they were discarded
+
+	NextAttemptAt *time.Time `json:"next_attempt_at"` // the earliest of the retrying; null where no event is
 }
 
 // failing is a kind of failure in a dry run.
@@ -281,6 +286,10 @@ func replayText(r *bulkResult) []string {
 		text += fmt.Sprintf("; %d replayed or discarded by somebody else meanwhile", r.Taken)
 	}
 	lines := []string{text}
+	if r.Retrying > 0 && r.NextAttemptAt != nil {
+		lines = append(lines, fmt.Sprintf("%d of %d %s still retrying, next attempt at %s (`usher events list --status retrying`)",
+			r.Retrying, r.Replayed+r.Earlier, isOrAre(int64(r.Retrying)), timeText(*r.NextAttemptAt)))
+	}
 	if r.Stopped != "" {
 		lines = append(lines, "stopped: "+r.Stopped)
 	}

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -19,7 +18,6 @@ import (
 	"github.com/usherhq/usher/cli/internal/allinone"
 	"github.com/usherhq/usher/pkg/config"
 	"github.com/usherhq/usher/pkg/observe"
-	"github.com/usherhq/usher/pkg/redact"
 )
 
 // Env is what a command has of the world.
@@ -46,6 +44,7 @@ type cli struct {
 	env   Env
 	flags map[string]string // settings given as flags, by setting name
 	args  []string          // the command line
+	told  bool              // the names of the environment that no setting has
 }
 
 // Run runs one command line (without the program's name) and returns its exit code. ctx is done when the user interrupts.
@@ -56,7 +55,13 @@ func Run(ctx context.Context, args []string, env Env) int {
 	root.SetIn(env.Stdin)
 	root.SetOut(env.Stdout)
 	root.SetErr(env.Stderr)
-	err := root.ExecuteContext(ctx)
+	if len(args) > 0 && strings.HasPrefix(args[0], cobra.ShellCompRequestCmd) { // cobra keeps what is registered for good, and only the shell asks
+		c.complete(root)
+	}
+	err := unknownCommand(root, args)
+	if err == nil {
+		err = root.ExecuteContext(ctx)
+	}
 	switch {
 	case err == nil:
 		return exitOK
@@ -85,50 +90,22 @@ func (c *cli) root() *cobra.Command {
 		SilenceErrors: true,
 		Version:       Version(),
 	}
-	root.CompletionOptions.HiddenDefaultCmd = true
-	// Every setting that is not a secret is a flag too; those of all commands are shown with them, the others
-	// with the commands that start services.
-	c.settingFlags(root, true)
+	root.SetUsageFunc(usage)
+	root.SetFlagErrorFunc(unknownFlag)
+	c.addSettings(root.PersistentFlags(), globalSettings)
 	root.AddCommand(c.dev(), c.serve(), c.setup(), c.trigger(), c.events(), c.backfill(), c.reconcile(), c.verify(), c.dlq(), c.replay(), c.portal(), c.schema(), c.config())
 	return root
 }
 
-// connection are the settings that every command may need.
-var connection = []string{"USHER_DATA_DIR", "USHER_DATABASE_URL", "USHER_DATABASE_SCHEMA", "USHER_NATS_URL", "USHER_NATS_CREDS", "USHER_NATS_CA", "USHER_NATS_CERT", "USHER_NATS_KEY", "USHER_LOG_LEVEL", "USHER_LOG_FORMAT"}
-
-// settingFlags adds a flag for each setting: USHER_DATA_DIR is --data-dir. Secrets have none, since a command
-// line is visible to everyone on the machine; URLs have, for those without a password.
-func (c *cli) settingFlags(cmd *cobra.Command, global bool) {
-	for _, s := range config.Describe() {
-		isConnection := slices.Contains(connection, s.Name)
-		if isConnection != global || s.Secret && !s.URL || s.Name == "DATABASE_URL" {
-			continue
-		}
-		set := cmd.Flags()
-		if global {
-			set = cmd.PersistentFlags()
-		}
-		name := strings.ToLower(strings.ReplaceAll(strings.TrimPrefix(s.Name, "USHER_"), "_", "-"))
-		usage := s.Doc + " (" + s.Name + ")"
-		if s.Default != "" {
-			usage += " (default " + s.Default + ")"
-		}
-		set.Func(name, usage, func(value string) error {
-			c.flags[s.Name] = value
-			if s.URL && redact.HasPassword(value) {
-				instead := fmt.Sprintf("set %s or %s_FILE instead", s.Name, s.Name)
-				if s.Name == "USHER_DATABASE_URL" {
-					instead += "; with dev, which takes this flag only, put the password in ~/.pgpass"
-				}
-				_, _ = fmt.Fprintf(c.env.Stderr, "warning: --%s holds a secret, and everyone on this machine can read a command line (ps): %s\n", name, instead)
-			}
-			return nil
-		})
-	}
-}
-
-// settings are the effective ones: flags, then environment, then defaults.
+// settings are the effective ones: flags, then environment, then defaults. The first time, it warns about variables that look like
+// settings and are none.
 func (c *cli) settings() (*config.Settings, error) {
+	if !c.told {
+		for _, warning := range config.Environ(c.env.Environ).UnknownNames() {
+			c.say("warning: %s", warning)
+		}
+		c.told = true
+	}
 	return config.Load(c.env.Environ, c.flags)
 }
 

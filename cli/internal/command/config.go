@@ -17,7 +17,8 @@ func (c *cli) config() *cobra.Command {
 		Use:   "config",
 		Short: "Print the effective settings, secrets masked, and where each comes from",
 		Long: "config prints every setting as the other commands see it here: flags before environment before defaults;\n" +
-			"beside a running dev what that runs with, origin dev, unless a flag says otherwise.\n" +
+			"beside a running dev or serve what that runs with, origin dev or serve, unless a flag says otherwise, or beside serve\n" +
+			"the environment names another database or broker, which commands take first.\n" +
 			"Secrets are masked. Where settings are wrong it lists every problem instead, with exit code 2.",
 		Example: "  usher config\n  USHER_STREAM_REPLICAS=3 usher config --output json | jq '.items[] | select(.origin != \"default\")'",
 		Args:    cobra.NoArgs,
@@ -37,27 +38,33 @@ func (c *cli) config() *cobra.Command {
 		},
 	}
 	outputFlag(cmd, &o)
-	c.settingFlags(cmd, false)
+	c.settingFlags(cmd, allSettings()...)
 	return cmd
 }
 
-// list is what [config.Settings.List] has, beside a running dev with what that runs with.
+// list is what [config.Settings.List] has, beside a running instance with what that runs with.
 func (r *reach) list() []config.Setting {
 	items := r.settings.List()
 	if r.stateErr != nil || len(r.state.Settings) == 0 {
 		return items
 	}
+	r.cli.say("note: this is what the running `usher %s` (process %d) has, in %s", r.state.Mode, r.state.PID, r.settings.DataDir)
 	running := slices.Clone(r.state.Settings)
 	for i := range running {
 		item := &running[i]
-		if item.Name == "USHER_NATS_URL" && item.Value == "" { // dev's own broker
-			item.Value, item.Origin = redact.URL(r.state.NATSURL), "flag"
-		}
-		if item.Origin != "default" {
-			item.Origin = "dev"
+		switch {
+		case item.Name == "USHER_NATS_URL" && item.Value == "": // its own broker
+			item.Value, item.Origin = redact.URL(r.state.NATSURL), r.state.Mode
+		case item.Origin != "default":
+			item.Origin = r.state.Mode
 		}
 		for _, here := range items {
-			if here.Name == item.Name && here.Origin == "flag" {
+			if here.Name != item.Name {
+				continue
+			}
+			// What commands take from here, whatever runs.
+			elsewhere := here.Origin == "environment" && slices.Contains(bothSettings, here.Name) && here.Value != item.Value
+			if here.Origin == "flag" || elsewhere {
 				*item = here
 			}
 		}

@@ -66,7 +66,7 @@ func (c *cli) dev() *cobra.Command {
 	cmd.Flags().IntVar(&o.users, "users", 200, "users in the demo's story")
 	cmd.Flags().Uint64Var(&o.seed, "seed", 0, "seed of the demo's story; the same seed tells the same story, with the same events twice and out of order; ids and times are of the day (default: random)")
 	outputFlag(cmd, &o.output)
-	c.settingFlags(cmd, false)
+	c.settingFlags(cmd, allSettings()...)
 	return cmd
 }
 

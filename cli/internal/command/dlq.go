@@ -126,12 +126,12 @@ func (c *cli) dlqList() *cobra.Command {
 				}
 				header := []string{"events", "users", "source", "handler", "reason", "fingerprint", "first seen", "last seen", "for example"}
 				return printSome(c, p, groups, header, func(g deadletter.Group) []string {
-					return []string{strconv.Itoa(g.Events), strconv.Itoa(g.Users), g.Source, g.Handler, string(g.Reason), g.Fingerprint, timeText(g.FirstSeen), timeText(g.LastSeen), short(g.Example)}
+					return []string{strconv.Itoa(g.Events), strconv.Itoa(g.Users), g.Source, g.Handler, string(g.Reason), g.Fingerprint, timeText(g.FirstSeen), timeText(g.LastSeen), g.Example}
 				})
 			default:
 				header := []string{"received", "id", "type", "source", "handler", "reason", "attempts", "error"}
 				row := func(e deadletter.Entry) []string {
-					return []string{timeText(e.ReceivedAt), e.EventID, typeText(e.Type), e.Source, e.Handler, string(e.Reason), strconv.Itoa(e.Attempts), short(e.Error)}
+					return []string{timeText(e.ReceivedAt), e.EventID, typeText(e.Type), e.Source, e.Handler, string(e.Reason), strconv.Itoa(e.Attempts), e.Error}
 				}
 				return printPages(c, p, header, row, func(cursor string, limit int) (listing[deadletter.Entry], error) {
 					entries, next, err := deadletter.List(cmd.Context(), db, f, cursor, limit)
@@ -148,16 +148,8 @@ func (c *cli) dlqList() *cobra.Command {
 	f.BoolVar(&grouped, "group", false, "group by kind of failure")
 	f.BoolVar(&num, "count", false, "count by source, handler, type and reason")
 	p.addFlags(cmd, "dead letters")
+	c.settingFlags(cmd, bothSettings...)
 	return cmd
-}
-
-// short cuts an error for a table.
-func short(text string) string {
-	text = printable(text)
-	if runes := []rune(text); len(runes) > 100 {
-		return string(runes[:99]) + "…"
-	}
-	return text
 }
 
 // shownLetter is a dead letter with its body.
@@ -196,6 +188,7 @@ func (c *cli) dlqShow() *cobra.Command {
 	cmd.Flags().StringVar(&f.Handler, "handler", "", "the handler that gave it up, where there are several")
 	cmd.Flags().StringVar(&f.Source, "source", "", "the event's source, where several have an event of this id")
 	outputFlag(cmd, &o)
+	c.settingFlags(cmd, bothSettings...)
 	return cmd
 }
 
@@ -301,6 +294,7 @@ func (c *cli) dlqReplay() *cobra.Command {
 	flags.addFlags(cmd)
 	b.addFlags(cmd)
 	b.addReplayFlags(cmd)
+	c.settingFlags(cmd, append([]string{"CLERK_INSTANCE_ID"}, bothSettings...)...)
 	return cmd
 }
 
@@ -319,6 +313,7 @@ func (c *cli) dlqDiscard() *cobra.Command {
 	}
 	flags.addFlags(cmd)
 	b.addFlags(cmd)
+	c.settingFlags(cmd, bothSettings...)
 	return cmd
 }
 
@@ -419,6 +414,7 @@ func (c *cli) replayLetters(ctx context.Context, l *letterChange) error {
 		Selected: done.Selected, Replayed: done.Replayed, Applied: done.Applied, Gone: done.Gone, Taken: done.Taken,
 		Failed:    done.Gone - done.Taken + done.Failed,
 		Unsettled: done.Open, Stopped: detail(ctx, done.Stopped, err),
+		Retrying: done.Retrying, NextAttemptAt: done.NextAttemptAt,
 	}
 	c.end(ctx, log, result.Replayed, result.Failed, result.Stopped)
 	if printErr := c.printResult(l.output, result, replayText(result)); printErr != nil && err == nil {
@@ -475,7 +471,7 @@ func (c *cli) tryLetters(ctx context.Context, l *letterChange) error {
 			return fmt.Errorf("try %s: %w", e.EventID, err)
 		}
 		result.Failed++
-		reason, text := worker.Reason(err), deadletter.OneLine(err.Error())
+		reason, text := worker.Reason(err), deadletter.OneLine(worker.ErrorText(err))
 		key := deadletter.Fingerprint(e.Handler, reason, text)
 		if groups[key] == nil {
 			groups[key] = &failing{Handler: e.Handler, Reason: string(reason), Error: text}
@@ -495,7 +491,7 @@ func (c *cli) tryLetters(ctx context.Context, l *letterChange) error {
 	})
 	text := []string{fmt.Sprintf("would replay %s: %d would pass, %d would fail", count(l.selected, "dead letter"), *result.WouldPass, result.Failed)}
 	for _, g := range result.Groups {
-		text = append(text, fmt.Sprintf("  %d  %s  %s  %s", g.Events, g.Handler, g.Reason, short(g.Error)))
+		text = append(text, fmt.Sprintf("  %d  %s  %s  %s", g.Events, g.Handler, g.Reason, g.Error))
 	}
 	if err := c.printResult(l.output, result, text); err != nil {
 		return err

@@ -20,6 +20,7 @@ import (
 	"gorm.io/gorm"
 
 	"github.com/usherhq/usher/pkg/database"
+	"github.com/usherhq/usher/pkg/dbtest"
 	"github.com/usherhq/usher/pkg/deadletter"
 	"github.com/usherhq/usher/pkg/event"
 	"github.com/usherhq/usher/pkg/natstest"
@@ -381,6 +382,48 @@ func TestALetterThatFailsAgainIsANewLetter(t *testing.T) {
 		y.Run("dlq", "replay", "--all", "--yes").want(exitOK)
 		y.appliedOnce(5)
 		assert.Zero(t, y.letters())
+	})
+}
+
+// TestWhatIsRetriedIsSaidWithItsNextAttempt: after a replay, in lists and of one event.
+func TestWhatIsRetriedIsSaidWithItsNextAttempt(t *testing.T) {
+	t.Parallel()
+	eachDatabase(t, func(t *testing.T, url string) {
+		y, c, cfg := newCounting(t, url, 10)
+		long := strings.Repeat("what the handler says ", 20) + "to its end"
+		c.set(func(e event.Event) error {
+			if e.ID <= "msg_u002" {
+				return errors.New(long)
+			}
+			return nil
+		})
+		cfg.Attempts, cfg.RetryInitial, cfg.RetryMax = 5, 10*time.Minute, 10*time.Minute
+		y.work(cfg)
+		const at = `20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d.\d{3}Z`
+		r := y.Run("dlq", "replay", "--all", "--yes", "--stop-at", "99").want(exitNo)
+		assert.Contains(t, r.out, "replayed 10 of 10: 7 applied, 3 failed again\n")
+		assert.Regexp(t, "\n3 of 10 are still retrying, next attempt at "+at, r.out)
+		assert.Regexp(t, `counter=retrying \(next attempt `+at+`\)`, y.Run("events", "list", "--handler", "counter", "--status", "retrying").want(exitOK).out)
+		show := y.Run("events", "show", "msg_u001").want(exitOK).out
+		assert.Regexp(t, "NEXT ATTEMPT", show)
+		assert.Regexp(t, "counter  retrying .*"+at+" .*"+at, show)
+		assert.Contains(t, show, long)
+
+		c.set(func(event.Event) error { return worker.Permanent(errors.New(long)) })
+		y.publish("v")
+		y.wait("counter", "dead", 1)
+		for _, line := range []string{"dlq list", "dlq list --group", "dlq show msg_v"} {
+			assert.Contains(t, y.Run(strings.Fields(line)...).want(exitOK).out, long, line)
+		}
+		if database.IsPostgres(y.db) {
+			m := newYard(t, dbtest.PostgresURL(t))
+			m.work(worker.Config{Attempts: 1})
+			m.broken("bad")
+			m.publish("bad")
+			m.wait("mirror", "dead", 1)
+			assert.Contains(t, m.Run("dlq", "list").want(exitOK).out, " constraint odd of table users: ")
+			assert.Contains(t, m.Run("dlq", "replay", "--all", "--dry-run").want(exitNo).out, " constraint odd of table users: ")
+		}
 	})
 }
 
@@ -769,5 +812,5 @@ func TestResultsHaveTheFieldsOfTheContract(t *testing.T) {
 	t.Parallel()
 	text, err := json.Marshal(bulkResult{})
 	require.NoError(t, err)
-	assert.JSONEq(t, `{"selected":0,"replayed":0,"discarded":0,"failed":0,"dry_run":false,"stopped":"","applied":0,"unsettled":0,"gone":0,"earlier":0,"left_out":0}`, string(text))
+	assert.JSONEq(t, `{"selected":0,"replayed":0,"discarded":0,"failed":0,"dry_run":false,"stopped":"","applied":0,"unsettled":0,"retrying":0,"next_attempt_at":null,"gone":0,"earlier":0,"left_out":0}`, string(text))
 }

@@ -39,16 +39,29 @@ func (c *cli) events() *cobra.Command {
 
 // delivery is what became of an event at one handler.
 type delivery struct {
-	Source      string     `json:"-"`
-	EventID     string     `json:"-"`
-	Handler     string     `json:"handler"`
-	Status      string     `json:"status"`
-	Effect      string     `json:"effect"` // what it changed; empty where the handler does not say, or it is not processed
-	Attempts    int        `json:"attempts"`
-	DurationMS  float64    `json:"duration_ms" gorm:"column:duration_ms"`
-	Error       string     `json:"error"`
-	Reason      string     `json:"reason"`
-	ProcessedAt *time.Time `json:"processed_at"`
+	Source        string     `json:"-"`
+	EventID       string     `json:"-"`
+	Handler       string     `json:"handler"`
+	Status        string     `json:"status"`
+	Effect        string     `json:"effect"` // what it changed; empty where the handler does not say, or it is not processed
+	Attempts      int        `json:"attempts"`
+	DurationMS    float64    `json:"duration_ms" gorm:"column:duration_ms"`
+	Error         string     `json:"error"`
+	Reason        string     `json:"reason"`
+	ProcessedAt   *time.Time `json:"processed_at"`
+	NextAttemptAt *time.Time `json:"next_attempt_at"` // of what is retrying, where its handler had it in hand since it was replayed
+}
+
+// nextAttempt says when a delivery is tried again.
+func (d *delivery) nextAttempt() string {
+	switch {
+	case d.Status != "retrying":
+		return "-"
+	case d.NextAttemptAt == nil:
+		return "when its handler takes it"
+	default:
+		return timeText(*d.NextAttemptAt)
+	}
 }
 
 // Head is what one event is. GORM embeds exported types only.
@@ -122,6 +135,7 @@ func (c *cli) eventsList() *cobra.Command {
 	f.StringVar(&o.handler, "handler", "", "only events that this handler had in hand")
 	f.Var(&o.since, "since", "only events received since then")
 	o.addFlags(cmd, "events")
+	c.settingFlags(cmd, bothSettings...)
 	return cmd
 }
 
@@ -142,7 +156,10 @@ func (c *cli) listEvents(ctx context.Context, o listOptions) error {
 		var became []string
 		for _, d := range e.Deliveries {
 			text := d.Handler + "=" + d.Status
-			if d.Effect != "" && d.Effect != string(event.EffectApplied) {
+			switch {
+			case d.Status == "retrying":
+				text += " (next attempt " + d.nextAttempt() + ")"
+			case d.Effect != "" && d.Effect != string(event.EffectApplied):
 				text += " (" + d.Effect + ")"
 			}
 			became = append(became, text)
@@ -276,6 +293,10 @@ func addDeliveries(tx *gorm.DB, events []listedEvent) error {
 			at := d.ProcessedAt.UTC()
 			d.ProcessedAt = &at
 		}
+		if d.NextAttemptAt != nil {
+			at := d.NextAttemptAt.UTC()
+			d.NextAttemptAt = &at
+		}
 		e := byRef[event.Ref{Source: d.Source, ID: d.EventID}]
 		e.Deliveries = append(e.Deliveries, d)
 	}
@@ -355,6 +376,7 @@ func (c *cli) eventsShow() *cobra.Command {
 	}
 	cmd.Flags().StringVar(&source, "source", "", "the event's source, where several have an event of this id")
 	outputFlag(cmd, &o)
+	c.settingFlags(cmd, bothSettings...)
 	return cmd
 }
 
@@ -489,13 +511,13 @@ func printEvent(w io.Writer, e shownEvent) error {
 		return fmt.Errorf("print: %w", err)
 	}
 	_, _ = fmt.Fprintln(w)
-	t = newTable(w, "handler", "status", "effect", "attempts", "processed", "ms", "reason", "error")
+	t = newTable(w, "handler", "status", "effect", "attempts", "processed", "next attempt", "ms", "reason", "error")
 	for _, d := range e.Deliveries {
 		at := "-"
 		if d.ProcessedAt != nil {
 			at = timeText(*d.ProcessedAt)
 		}
-		t.row(d.Handler, d.Status, cmp.Or(d.Effect, "-"), strconv.Itoa(d.Attempts), at, strconv.FormatFloat(d.DurationMS, 'f', -1, 64), d.Reason, d.Error)
+		t.row(d.Handler, d.Status, cmp.Or(d.Effect, "-"), strconv.Itoa(d.Attempts), at, d.nextAttempt(), strconv.FormatFloat(d.DurationMS, 'f', -1, 64), d.Reason, d.Error)
 	}
 	if err := t.Flush(); err != nil {
 		return fmt.Errorf("print: %w", err)
@@ -555,6 +577,7 @@ func (c *cli) eventsTail() *cobra.Command {
 	f.Var(&o.since, "since", "begin with the events stored since then")
 	f.IntVar(&o.limit, "limit", 0, "end after so many events (0: go on)")
 	outputFlag(cmd, &o.output)
+	c.settingFlags(cmd, brokerSettings...)
 	return cmd
 }
 

@@ -7,6 +7,7 @@ import (
 
 	"gorm.io/gorm"
 
+	"github.com/usherhq/usher/pkg/config"
 	"github.com/usherhq/usher/pkg/stream"
 )
 
@@ -67,18 +68,18 @@ func (p *typePattern) subject(source, key string) string {
 	return strings.Join([]string{"clerk", "evt", token(source), token(p.resource), token(p.verb), token(key)}, ".")
 }
 
-// since reads a point in time: an age such as 24h, or RFC 3339.
+// since reads a point in time: an age such as 24h or 7d, or RFC 3339.
 type since struct{ at time.Time }
 
 // Set implements pflag.Value.
 func (s *since) Set(text string) error {
-	if age, err := time.ParseDuration(text); err == nil && age >= 0 {
+	if age, err := config.ParseDuration(text); err == nil && age >= 0 {
 		s.at = time.Now().Add(-age)
 		return nil
 	}
 	at, err := time.Parse(time.RFC3339, text)
 	if err != nil {
-		return fmt.Errorf("%q is neither an age such as 24h or 10m nor a time such as 2026-01-31T08:00:00Z", text)
+		return fmt.Errorf("%q is neither an age such as 10m, 24h or 7d nor a time such as 2026-01-31T08:00:00Z", text)
 	}
 	s.at = at
 	return nil

@@ -44,5 +44,6 @@ func (c *cli) portal() *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVar(&from, "from", "", "source whose portal is meant (default: the default source)")
+	c.settingFlags(cmd, clerkSettings...)
 	return cmd
 }

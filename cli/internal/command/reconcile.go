@@ -25,7 +25,7 @@ type reconcileOptions struct {
 	full, dryRun, force bool
 	resources           []string
 	source              string
-	wait                time.Duration
+	wait                config.Duration
 	output              output
 }
 
@@ -48,7 +48,7 @@ func (c *cli) reconcile() *cobra.Command {
 		Example: "  usher reconcile\n  usher reconcile --full --dry-run\n  usher reconcile --full --resource users --output json",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			opts := reconciler.Options{Kind: reconciler.Incremental, Resources: o.resources, DryRun: o.dryRun, Force: o.force, Wait: o.wait}
+			opts := reconciler.Options{Kind: reconciler.Incremental, Resources: o.resources, DryRun: o.dryRun, Force: o.force, Wait: time.Duration(o.wait)}
 			if o.full {
 				opts.Kind = reconciler.Full
 			}
@@ -59,14 +59,15 @@ func (c *cli) reconcile() *cobra.Command {
 	cmd.Flags().BoolVar(&o.dryRun, "dry-run", false, "look, and publish nothing")
 	cmd.Flags().BoolVar(&o.force, "force", false, "delete whatever Clerk says is gone, however much it is")
 	o.addFlags(cmd)
-	c.settingFlags(cmd, false)
+	c.settingFlags(cmd, slices.Concat(bothSettings, clerkSettings, []string{"USHER_STREAM_REPLICAS"})...)
 	return cmd
 }
 
 func (o *reconcileOptions) addFlags(cmd *cobra.Command) {
 	cmd.Flags().StringSliceVar(&o.resources, "resource", nil, "only these: "+strings.Join(clerk.Resources(), ", "))
 	cmd.Flags().StringVar(&o.source, "from", "", "source to read (default: the default source)")
-	cmd.Flags().DurationVar(&o.wait, "wait", time.Minute, "how long to wait for another sweep to end")
+	o.wait = config.Duration(time.Minute)
+	cmd.Flags().Var(&o.wait, "wait", "how long to wait for another sweep to end")
 	outputFlag(cmd, &o.output)
 }
 
@@ -249,7 +250,8 @@ func printItems(w io.Writer, items []reconciler.Item) error {
 			t.row(item.Resource, item.ID, drift)
 		}
 		for _, f := range item.Fields {
-			t.row(item.Resource, item.ID, drift, f.Field, excerpt(f.Mirror), excerpt(f.Clerk))
+			have, want := excerpts(f.Mirror, f.Clerk)
+			t.row(item.Resource, item.ID, drift, f.Field, have, want)
 		}
 	}
 	if err := t.Flush(); err != nil {
@@ -261,11 +263,30 @@ func printItems(w io.Writer, items []reconciler.Item) error {
 	return nil
 }
 
-func excerpt(value []byte) string {
-	const most = 40
-	text := []rune(string(value))
-	if len(text) > most {
-		return string(text[:most]) + "…"
+// shownRunes is how much of a value a table shows.
+const shownRunes = 120
+
+// excerpts are two values that differ as a table shows them: whole, or where they are long from shortly before the first difference on.
+func excerpts(a, b []byte) (first, second string) {
+	x, y := []rune(string(a)), []rune(string(b))
+	from := 0
+	for from < min(len(x), len(y)) && x[from] == y[from] {
+		from++
 	}
-	return string(text)
+	if from = max(from-20, 0); max(len(x), len(y)) <= shownRunes {
+		from = 0
+	}
+	cut := func(text []rune) string {
+		begin := min(from, len(text))
+		end := min(begin+shownRunes, len(text))
+		shown := string(text[begin:end])
+		if begin > 0 {
+			shown = "…" + shown
+		}
+		if end < len(text) {
+			shown += "…"
+		}
+		return shown
+	}
+	return cut(x), cut(y)
 }

@@ -192,3 +192,18 @@ func stories(n int) int {
 	}
 	return n
 }
+
+func TestALongDifferenceIsShownWhereItIs(t *testing.T) {
+	t.Parallel()
+	short, same := []byte(`"Zoë"`), strings.Repeat("x", 500)
+	a, b := excerpts(short, nil)
+	assert.Equal(t, `"Zoë"`, a)
+	assert.Empty(t, b)
+	a, b = excerpts([]byte(same+"one"+same), []byte(same+"two"+same))
+	assert.Contains(t, a, "xone")
+	assert.Contains(t, b, "xtwo")
+	assert.True(t, strings.HasPrefix(a, "…x") && strings.HasSuffix(a, "x…"), a)
+	a, b = excerpts([]byte(same), []byte(same+"more"))
+	assert.NotEmpty(t, a)
+	assert.Contains(t, b, "more")
+}

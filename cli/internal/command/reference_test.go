@@ -106,23 +106,30 @@ func tablesReference(t *testing.T) string {
 
 func commandsReference(*testing.T) string {
 	c := &cli{env: Env{Stdout: &strings.Builder{}, Stderr: &strings.Builder{}}, flags: map[string]string{}}
-	settings := map[string]bool{"help": true}
-	for _, s := range config.Describe() {
-		settings[strings.ToLower(strings.ReplaceAll(strings.TrimPrefix(s.Name, "USHER_"), "_", "-"))] = true
-	}
 	var b strings.Builder
 	var walk func(cmd *cobra.Command)
 	walk = func(cmd *cobra.Command) {
 		if cmd.Runnable() && cmd.Name() != "help" && cmd.Name() != "completion" && cmd.HasParent() && !cmd.Hidden {
 			fmt.Fprintf(&b, "#### `%s`\n\n%s.\n\n", strings.TrimSuffix(cmd.UseLine(), " [flags]"), strings.TrimSuffix(cmd.Short, "."))
 			rows := 0
+			var reads []string
 			cmd.Flags().VisitAll(func(f *pflag.Flag) {
-				if f.Hidden || settings[f.Name] {
-					return
+				switch setting := f.Annotations[settingMark]; {
+				case f.Hidden || f.Name == "help":
+				case setting != nil:
+					reads = append(reads, "`"+setting[0]+"`")
+				default:
+					rows++
+					fmt.Fprintf(&b, "- `--%s`: %s\n", f.Name, f.Usage)
 				}
-				rows++
-				fmt.Fprintf(&b, "- `--%s`: %s\n", f.Name, f.Usage)
 			})
+			if len(reads) > 12 {
+				reads = []string{"all"}
+			}
+			if len(reads) > 0 {
+				rows++
+				fmt.Fprintf(&b, "- settings that are flags: %s\n", strings.Join(reads, ", "))
+			}
 			if rows > 0 {
 				b.WriteString("\n")
 			}

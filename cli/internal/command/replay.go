@@ -65,6 +65,7 @@ func (c *cli) replay() *cobra.Command {
 	f.StringVar(&o.resume, "resume", "", "go on with this `RUN`, where it began; the rest of the command as it was")
 	o.addFlags(cmd)
 	o.addReplayFlags(cmd)
+	c.settingFlags(cmd, bothSettings...)
 	return cmd
 }
 
@@ -325,6 +326,7 @@ func (c *cli) replayEvents(ctx context.Context, o *replayFlags) error {
 	}
 	_ = bar.Finish()
 	p := run.Progress()
+	result.Retrying, result.NextAttemptAt = run.Retrying(ctx)
 	result.Replayed, result.Earlier, result.LeftOut = p.Published, p.Earlier, p.LeftOut
 	result.Applied, result.Failed, result.Unsettled = p.Applied, p.Failed+result.Gone, p.Open
 	// The selection is bounded by its last event; its count is not exact where events come in at the same time.

@@ -51,6 +51,7 @@ func (c *cli) schema() *cobra.Command {
 	cmd.Flags().StringVar(&s.prefix, "prefix", "", "put before the names of models, such as Clerk for ClerkUser")
 	cmd.Flags().StringArrayVar(&s.fields, "field", nil, "prisma: a line for a model, such as the other side of a relation of yours: 'LiveUser: posts Post[]'; may be repeated")
 	cmd.Flags().StringVar(&dialect, "dialect", dialect, "postgres, or sqlite (sql only)")
+	c.settingFlags(cmd, "USHER_DATABASE_SCHEMA")
 	return cmd
 }
 

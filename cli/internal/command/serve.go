@@ -1,6 +1,7 @@
 package command
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -20,6 +21,7 @@ import (
 	"github.com/usherhq/usher/console"
 	"github.com/usherhq/usher/ingest"
 	"github.com/usherhq/usher/pkg/config"
+	"github.com/usherhq/usher/pkg/redact"
 )
 
 func (c *cli) serve() *cobra.Command {
@@ -33,17 +35,22 @@ func (c *cli) serve() *cobra.Command {
 			"  CLERK_WEBHOOK_SIGNING_SECRET=whsec_… USHER_DATABASE_URL=postgres://… usher serve --data-dir /var/lib/usher",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			settings, err := c.settings()
-			if err != nil {
-				return err
+			settings, err := config.Load(c.env.Environ, c.flags)
+			if err == nil {
+				_, err = ingest.ConfigFrom(settings)
 			}
-			if _, err := ingest.ConfigFrom(settings); err != nil {
+			if err != nil {
+				_, _ = c.settings() // which says what is misspelt: the cause, perhaps
 				return err
 			}
 			log, err := c.logger(settings)
 			if err != nil {
 				return err
 			}
+			for _, warning := range config.Environ(c.env.Environ).UnknownNames() {
+				log.Warn(warning)
+			}
+			log.Info("starting", uses(settings)...)
 			limitMemory()
 			return c.run(cmd.Context(), allinone.Config{
 				Settings: settings, Mode: "serve", Dir: settings.DataDir, Log: log,
@@ -54,8 +61,28 @@ func (c *cli) serve() *cobra.Command {
 			})
 		},
 	}
-	c.settingFlags(cmd, false)
+	c.settingFlags(cmd, allSettings()...)
 	return cmd
+}
+
+// uses says which database and which broker serve takes, without their secrets.
+func uses(s *config.Settings) []zap.Field {
+	dir := s.DataDir
+	if abs, err := filepath.Abs(dir); err == nil {
+		dir = abs
+	}
+	broker := "embedded, in " + filepath.Join(dir, "nats")
+	if s.NATSURL != "" {
+		broker = redact.URL(s.NATSURL)
+	}
+	fields := []zap.Field{
+		zap.String("database", redact.URL(s.DatabaseURL)), zap.String("database_setting", cmp.Or(s.Origin("USHER_DATABASE_URL"), "default")),
+		zap.String("broker", broker), zap.String("data_dir", dir), zap.String("version", Version()),
+	}
+	if !strings.HasPrefix(s.DatabaseURL, "sqlite:") {
+		fields = append(fields, zap.String("schema", s.DatabaseSchema))
+	}
+	return fields
 }
 
 // memoryTarget is what the process keeps its own memory below, where it can: it then collects garbage more often, and not only when
@@ -207,10 +234,11 @@ func banner(w io.Writer, i *allinone.Instance, settings *config.Settings, secret
 		t.row("console", i.State.ConsoleURL+"/admin")
 	}
 	t.row("health, metrics", i.State.OpsURL+"/readyz, /metrics")
-	for _, s := range settings.List() {
-		if s.Name == "USHER_DATABASE_URL" {
-			t.row("database", s.Value)
-		}
+	t.row("database", redact.URL(settings.DatabaseURL))
+	if settings.NATSURL == "" {
+		t.row("broker", "embedded, "+redact.URL(i.State.NATSURL))
+	} else {
+		t.row("broker", redact.URL(settings.NATSURL))
 	}
 	_ = t.Flush()
 	_, _ = fmt.Fprintln(w)

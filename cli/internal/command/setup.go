@@ -94,7 +94,8 @@ func (c *cli) setup() *cobra.Command {
 	cmd.Flags().BoolVar(&apply, "apply", false, "also change what differs on the broker, where it can be changed in place")
 	cmd.Flags().BoolVar(&acceptLoss, "accept-loss", false, "only end the alert about events that broker or database have lost")
 	outputFlag(cmd, &o)
-	c.settingFlags(cmd, false)
+	c.settingFlags(cmd, append([]string{"USHER_SOURCE", "USHER_NATS_MONITOR_URL", "USHER_ALLOW_UNSYNCED_BROKER", "USHER_STREAM_REPLICAS", "USHER_STREAM_MAX_BYTES", "USHER_ALERT_EMAIL"},
+		bothSettings...)...)
 	return cmd
 }
 

@@ -3,6 +3,7 @@ package command
 import (
 	"context"
 	"fmt"
+	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -27,7 +28,7 @@ func (c *cli) verify() *cobra.Command {
 	}
 	o.addFlags(cmd)
 	_ = cmd.Flags().MarkHidden("wait") // it takes no turn
-	c.settingFlags(cmd, false)
+	c.settingFlags(cmd, slices.Concat(bothSettings, clerkSettings)...)
 	return cmd
 }
 
