@@ -157,7 +157,7 @@ func (c *cli) listEvents(ctx context.Context, o listOptions) error {
 		for _, d := range e.Deliveries {
 			text := d.Handler + "=" + d.Status
 			switch {
-			case d.Status == "retrying":
+			case d.Status == "retrying" && d.NextAttemptAt != nil:
 				text += " (next attempt " + d.nextAttempt() + ")"
 			case d.Effect != "" && d.Effect != string(event.EffectApplied):
 				text += " (" + d.Effect + ")"
