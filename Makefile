@@ -139,7 +139,8 @@ backfill: ## backfill USERS (100000) users within production limits, killed four
 
 .PHONY: demo
 demo: ## let an offline Clerk tell its story, and print the ledger
-	go run ./cli/cmd/usher dev --demo --exit
+	@./scripts/compile build -o bin/ -- ./cli/cmd/usher
+	bin/usher dev --demo --exit
 
 .PHONY: clean
 clean: ## remove what was built, the linter too
