@@ -96,6 +96,11 @@ verify: ## check go.mod, go.work, formatting, generated files, and what the bina
 vuln: ## look for published advisories about what the programs call; VULNDB=file:///… is a copy of the vulnerability database
 	go run golang.org/x/vuln/cmd/govulncheck@$(GOVULNCHECK_VERSION) $(if $(VULNDB),-db $(VULNDB)) $(foreach m,$(MODULES),./$(m)/...)
 
+.PHONY: schema-check
+schema-check: ## hold the models of `usher schema` against the real Prisma and Drizzle; needs node and npm
+	@./scripts/need postgres
+	go test -tags npm -count=1 -timeout 15m -run 'PrismaAndDrizzle' -v ./cli/internal/command
+
 .PHONY: fuzz
 fuzz: ## run every fuzz target for FUZZTIME (10s)
 	@grep -rlE --include='*_test.go' '^func Fuzz' $(MODULES) | while read -r file; do \
