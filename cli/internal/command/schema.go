@@ -1,6 +1,7 @@
 package command
 
 import (
+	"errors"
 	"fmt"
 	"io/fs"
 	"regexp"
@@ -23,7 +24,7 @@ func (c *cli) schema() *cobra.Command {
 			"live_organizations, … of those that are not deleted, which have no private metadata and nothing that is Usher's own.\n" +
 			"It asks no database; USHER_DATABASE_SCHEMA names the PostgreSQL schema. What it prints is written to a file as it is,\n" +
 			"and printed again after each update of Usher; its first lines say what to set, so that Prisma and Drizzle leave Usher's\n" +
-			"tables alone. docs/prisma.md tells the whole way. The SQL is for reading: `usher setup` makes the tables.\n\n" +
+			"tables alone. docs/prisma.md shows the whole way. The SQL is for reading: `usher setup` makes the tables.\n\n" +
 			"Where the application has a model of the same name, such as User, take --views or --prefix.",
 		Example: "  usher schema prisma --views > prisma/usher.prisma\n" +
 			"  usher schema prisma --views --field 'LiveUser: posts Post[]' > prisma/usher.prisma\n" +
@@ -72,7 +73,7 @@ func (s *schemaPrinter) print(format, dialect string) (string, error) {
 	case s.sqlite && format != "sql":
 		return "", fmt.Errorf("%s: models are of PostgreSQL only; for SQLite `usher schema sql --dialect sqlite` prints the tables", format)
 	case len(s.fields) > 0 && format != "prisma":
-		return "", fmt.Errorf("--field: only prisma takes it")
+		return "", errors.New("--field: only prisma takes it")
 	}
 	var err error
 	if s.tables, err = database.TableNames(); err != nil {
@@ -229,7 +230,7 @@ const prismaHead = `// Clerk's objects as Usher keeps them. Printed by ` + "`ush
 //     schemas  = ["public", %q]
 //   }
 //
-// In prisma.config.ts, so that ` + "`prisma db push` and `prisma migrate`" + ` leave every table of the schema %q alone; without it they drop them:
+// In prisma.config.ts (prisma7.config.ts), so that ` + "`prisma db push` and `prisma migrate`" + ` leave the tables of the schema %q alone; without it they drop them:
 //
 //   import { readFileSync } from "node:fs";
 //
@@ -463,11 +464,11 @@ func aligned(indent string, lines [][]string) string {
 	}
 	var b strings.Builder
 	for _, line := range lines {
-		text := indent
+		cells := make([]string, len(line))
 		for i, cell := range line {
-			text += cell + strings.Repeat(" ", widths[i]-len(cell)+1)
+			cells[i] = fmt.Sprintf("%-*s", widths[i], cell)
 		}
-		b.WriteString(strings.TrimRight(text, " ") + "\n")
+		b.WriteString(strings.TrimRight(indent+strings.Join(cells, " "), " ") + "\n")
 	}
 	return b.String()
 }
