@@ -28,7 +28,7 @@ func TestTheOrderOfStartDoesNotMatter(t *testing.T) {
 	for name, order := range map[string]string{
 		"services first":   "console reconciler worker ingest nats-server database setup",
 		"setup between":    "ingest database nats-server worker setup reconciler console",
-		"broker last":      "database worker console setup-fails ingest reconciler nats-server setup",
+		"broker last":      "database worker console ingest reconciler setup-fails nats-server setup",
 		"as the page says": "database nats-server setup ingest worker reconciler console",
 		"database last":    "nats-server reconciler console worker ingest database setup",
 	} {
@@ -60,8 +60,7 @@ func TestTheOrderOfStartDoesNotMatter(t *testing.T) {
 				case "setup-fails":
 					code, text := usher("setup", "--apply")
 					require.Equal(t, 2, code, text)
-				case "setup":
-					require.Eventually(t, c.healthy, time.Minute, 20*time.Millisecond)
+				case "setup": // the broker may be about to start
 					code, text := usher("setup", "--apply")
 					require.Equal(t, 0, code, text)
 					setUp = true

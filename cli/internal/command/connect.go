@@ -72,6 +72,8 @@ func (r *reach) given(setting string) bool {
 	return origin == "flag" || origin == "environment"
 }
 
+var errNoBroker = errors.New("check that it runs and that USHER_NATS_URL is right")
+
 // broker connects to the broker. It does not wait for one that is away; a connection that is lost later comes back by
 // itself.
 func (r *reach) broker() (jetstream.JetStream, error) {
@@ -92,7 +94,7 @@ func (r *reach) broker() (jetstream.JetStream, error) {
 		where := redact.Hosts(address)
 		switch {
 		case errors.Is(err, nats.ErrNoServers):
-			return nil, fmt.Errorf("no broker answers at %s: check that it runs and that USHER_NATS_URL is right", where)
+			return nil, fmt.Errorf("no broker answers at %s: %w", where, errNoBroker)
 		case errors.Is(err, nats.ErrAuthorization):
 			return nil, fmt.Errorf("the broker at %s refuses the user: check USHER_NATS_URL and USHER_NATS_CREDS", where)
 		}

@@ -7,6 +7,7 @@ import (
 	"io"
 	"maps"
 	"slices"
+	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/spf13/cobra"
@@ -63,7 +64,7 @@ func (c *cli) setup() *cobra.Command {
 				}
 				return r.acceptLoss(cmd.Context())
 			}
-			report, err := r.setup(cmd.Context(), how)
+			report, err := r.setupPatiently(cmd.Context(), how)
 			if err != nil {
 				return err
 			}
@@ -130,6 +131,29 @@ func countFatal(diffs []stream.Difference) int {
 		}
 	}
 	return n
+}
+
+// setupPatience is how long a setup waits for a broker or a database that was started just before it.
+const setupPatience = 15 * time.Second
+
+// setupPatiently is setup that waits a while for what does not answer yet; a plan does not.
+func (r *reach) setupPatiently(ctx context.Context, how allinone.Mode) (allinone.SetupReport, error) {
+	for begun, told := time.Now(), false; ; told = true {
+		report, err := r.setup(ctx, how)
+		starting := errors.Is(err, errNoBroker) || errors.Is(err, stream.ErrUnavailable) || errors.Is(err, database.ErrUnreachable)
+		if !starting || how == allinone.Plan || time.Since(begun) > setupPatience {
+			return report, err
+		}
+		if !told {
+			r.cli.say("usher: %v; trying again for up to %s", err, setupPatience)
+		}
+		r.close()
+		select {
+		case <-ctx.Done():
+			return report, err
+		case <-time.After(500 * time.Millisecond):
+		}
+	}
 }
 
 func (r *reach) setup(ctx context.Context, how allinone.Mode) (allinone.SetupReport, error) {
