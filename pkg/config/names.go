@@ -19,7 +19,7 @@ var clerks = []string{
 	"CLERK_JWT_KEY", "CLERK_MACHINE_SECRET_KEY", "CLERK_PROXY_URL", "CLERK_PUBLISHABLE_KEY", "CLERK_SIGN_IN_URL", "CLERK_SIGN_UP_URL", "CLERK_TELEMETRY_DISABLED",
 }
 
-// UnknownNames returns a warning for each variable that is set and looks like a setting of Usher, but is none: every other USHER_…, and of
+// UnknownNames returns a warning for each variable that is set and looks like a setting of Usher without being one: every other USHER_…, and of
 // CLERK_…, which belongs to Clerk, what is nearly the name of a setting that is not set. The texts hold no value.
 func (e Environ) UnknownNames() []string {
 	known := settingNames()

@@ -25,8 +25,10 @@ func TestFilesOfTLSThatCannotWorkAreWrong(t *testing.T) {
 		environ Environ
 		want    []string
 	}{
-		"missing": {Environ{"USHER_NATS_CA=/nope/ca", "USHER_NATS_CERT=/nope/cert", "USHER_NATS_KEY=/nope/key"},
-			[]string{`USHER_NATS_CA: there is no file "/nope/ca"`, `USHER_NATS_CERT: there is no file "/nope/cert"`, `USHER_NATS_KEY: there is no file "/nope/key"`}},
+		"missing": {
+			Environ{"USHER_NATS_CA=/nope/ca", "USHER_NATS_CERT=/nope/cert", "USHER_NATS_KEY=/nope/key"},
+			[]string{`USHER_NATS_CA: there is no file "/nope/ca"`, `USHER_NATS_CERT: there is no file "/nope/cert"`, `USHER_NATS_KEY: there is no file "/nope/key"`},
+		},
 		"a folder":                {Environ{"USHER_NATS_CA=/"}, []string{`USHER_NATS_CA: there is no file "/"`}},
 		"no certificate":          {Environ{"USHER_NATS_CA=" + own.ClientKey}, []string{"USHER_NATS_CA: the file holds no certificate in PEM"}},
 		"a certificate alone":     {Environ{"USHER_NATS_CERT=" + own.ClientCert}, []string{"USHER_NATS_KEY: not set"}},
@@ -54,8 +56,10 @@ func TestClearTextToAnotherMachineIsWarnedAbout(t *testing.T) {
 		environ Environ
 		want    []string
 	}{
-		"on this machine": {Environ{"USHER_NATS_URL=nats://u:hush@127.0.0.1:4222,nats://u:hush@[::1],nats://u:hush@localhost", "CLERK_API_URL=http://127.0.0.1:1", "CLERK_SECRET_KEY=hush",
-			"USHER_NATS_MONITOR_URL=http://u:hush@127.0.0.1:8222"}, nil},
+		"on this machine": {Environ{
+			"USHER_NATS_URL=nats://u:hush@127.0.0.1:4222,nats://u:hush@[::1],nats://u:hush@localhost", "CLERK_API_URL=http://127.0.0.1:1", "CLERK_SECRET_KEY=hush",
+			"USHER_NATS_MONITOR_URL=http://u:hush@127.0.0.1:8222",
+		}, nil},
 		"nothing set":      {nil, nil},
 		"encrypted":        {Environ{"USHER_NATS_URL=tls://u:hush@n.example,wss://u:hush@m.example", "USHER_NATS_MONITOR_URL=https://u:hush@n.example", "CLERK_SECRET_KEY=hush"}, nil},
 		"with a file":      {Environ{"USHER_NATS_URL=nats://u:hush@n.example", "USHER_NATS_CA=" + files.CA}, nil},
@@ -65,8 +69,10 @@ func TestClearTextToAnotherMachineIsWarnedAbout(t *testing.T) {
 		"with a password":  {Environ{"USHER_NATS_URL=nats://u:hush@10.0.0.7:4222"}, []string{"USHER_NATS_URL: the login and events reach 10.0.0.7"}},
 		"with credentials": {Environ{"USHER_NATS_URL=nats://n.example", "USHER_NATS_CREDS=" + files.CA}, []string{"USHER_NATS_URL: the login and events reach n.example"}},
 		"the monitor":      {Environ{"USHER_NATS_MONITOR_URL=http://u:hush@m.example,https://u:hush@n.example"}, []string{"USHER_NATS_MONITOR_URL: its password reaches m.example"}},
-		"Clerk, and Slack": {Environ{"CLERK_API_URL=http://api.example", "USHER_SOURCE_EU_SECRET_KEY=hush", "USHER_SLACK_WEBHOOK_URL=http://slack.example/hush"},
-			[]string{"CLERK_API_URL: the secret key reaches api.example", "USHER_SLACK_WEBHOOK_URL: "}},
+		"Clerk, and Slack": {
+			Environ{"CLERK_API_URL=http://api.example", "USHER_SOURCE_EU_SECRET_KEY=hush", "USHER_SLACK_WEBHOOK_URL=http://slack.example/hush"},
+			[]string{"CLERK_API_URL: the secret key reaches api.example", "USHER_SLACK_WEBHOOK_URL: "},
+		},
 	} {
 		s, err := Load(c.environ, nil)
 		require.NoError(t, err, name)

@@ -98,7 +98,7 @@ func (c *cli) root() *cobra.Command {
 }
 
 // settings are the effective ones: flags, then environment, then defaults. The first time, it warns about variables that look like
-// settings and are none.
+// settings without being any.
 func (c *cli) settings() (*config.Settings, error) {
 	if !c.told {
 		for _, warning := range config.Environ(c.env.Environ).UnknownNames() {

@@ -118,7 +118,7 @@ func usage(cmd *cobra.Command) error {
 	return nil
 }
 
-// unknownCommand finds a word that stands where a command should and is none. It looks before the flags are parsed: those of a mistyped
+// unknownCommand finds a word that stands in the place of a command without being one. It looks before the flags are parsed: those of a mistyped
 // command would be unknown first.
 func unknownCommand(root *cobra.Command, args []string) error {
 	root.InitDefaultHelpCmd()
