@@ -79,7 +79,7 @@ func ForeignKeys(ctx context.Context, db *gorm.DB) ([]ForeignKey, error) {
 		}
 		if k.Fatal {
 			k.Effect = "events come in any order, and one whose row references a row that is not there yet is retried and then dead-lettered"
-			k.Fix = drop
+			k.Fix = "drop it: " + drop
 		} else {
 			k.Effect = "the application cannot write a row before Clerk's webhook has come, and ON DELETE never fires, since Usher keeps deleted rows"
 			k.Fix = "keep the id in a plain column: " + drop

@@ -35,16 +35,24 @@ var unfolded = []Shape{
 	unfold("user_phones", "userPhone", "phone_number"),
 	{
 		Name: "user_accounts", Object: "userAccount", Of: "users", Columns: []ShapeColumn{
-			{Name: "user_id", Type: "text", NotNull: true}, {Name: "id", Type: "text"}, {Name: "provider", Type: "text"}, {Name: "provider_user_id", Type: "text"},
-			{Name: "email_address", Type: "text"}, {Name: "username", Type: "text"}, {Name: "verified", Type: "boolean", NotNull: true},
+			{Name: "user_id", Type: "text", NotNull: true},
+			{Name: "id", Type: "text"},
+			{Name: "provider", Type: "text"},
+			{Name: "provider_user_id", Type: "text"},
+			{Name: "email_address", Type: "text"},
+			{Name: "username", Type: "text"},
+			{Name: "verified", Type: "boolean", NotNull: true},
 		},
 	},
 }
 
 func unfold(name, object, column string) Shape {
 	return Shape{Name: name, Object: object, Of: "users", Columns: []ShapeColumn{
-		{Name: "user_id", Type: "text", NotNull: true}, {Name: "id", Type: "text"}, {Name: column, Type: "text"},
-		{Name: "verified", Type: "boolean", NotNull: true}, {Name: "is_primary", Type: "boolean", NotNull: true},
+		{Name: "user_id", Type: "text", NotNull: true},
+		{Name: "id", Type: "text"},
+		{Name: column, Type: "text"},
+		{Name: "verified", Type: "boolean", NotNull: true},
+		{Name: "is_primary", Type: "boolean", NotNull: true},
 	}}
 }
 
