@@ -264,10 +264,20 @@ func (s *secured) refusals() {
 	require.NoError(t, err)
 	before := events.CachedInfo().State.Msgs
 	require.Positive(t, before)
+	// Nor can ingest have the broker do it, which answers to whatever subject a message names.
+	nc, publisher := s.connect("ingest")
+	for _, subject := range slices.Concat(reading, destroying, []string{purge, ack}) {
+		require.NoError(t, nc.PublishRequest(evt, subject, []byte("{}")))
+	}
+	_, err = publisher.Publish(ctx, evt, []byte("{}"))
+	require.NoError(t, err)
 	require.NoError(t, events.Purge(ctx, jetstream.WithPurgeSequence(2)), "the worker removes what is past its retention")
 	info, err := events.Info(ctx)
 	require.NoError(t, err)
-	assert.Equal(t, before-1, info.State.Msgs, "nothing but that was removed, and nothing was stored")
+	assert.Equal(t, before, info.State.Msgs, "one event was stored, and one removed")
+	consumer, err := js.Consumer(ctx, stream.Events, "mirror")
+	require.NoError(t, err)
+	assert.EqualValues(t, 1, consumer.CachedInfo().NumPending, "the consumer is as it was")
 	letters, err := js.Stream(ctx, stream.DeadLetters)
 	require.NoError(t, err)
 	err = letters.DeleteMsg(ctx, 1) // it is gone already
