@@ -10,6 +10,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/usherhq/usher/pkg/database"
+	"github.com/usherhq/usher/pkg/dbtest"
 	"github.com/usherhq/usher/pkg/fixture"
 )
 
@@ -103,4 +104,28 @@ func TestTriggeredEventsTellOneStory(t *testing.T) {
 	}
 	verify()
 	assert.Equal(t, 0, p.stop(), p.stderr.String())
+}
+
+// TestTheOfflineClerkKnowsADatabaseThatWasKept: a dev that is started again on it finds no drift, and what is triggered joins what is there.
+func TestTheOfflineClerkKnowsADatabaseThatWasKept(t *testing.T) {
+	t.Parallel()
+	dataDir := filepath.Join(t.TempDir(), "data")
+	env := append([]string{"USHER_DATA_DIR=" + dataDir}, randomPorts...)
+	url := dbtest.EmptyPostgresURL(t)
+	for round := range 2 {
+		p := start(t, env, "dev", "--database-url", url)
+		p.ready(dataDir)
+		if round == 0 {
+			code, _, stderr := run(t, env, "trigger", "user.created", "--count", "3")
+			require.Equal(t, 0, code, stderr)
+		}
+		require.Eventually(t, func() bool {
+			code, _, _ := run(t, env, "verify")
+			return code == 0
+		}, time.Minute, 100*time.Millisecond)
+		code, _, stderr := run(t, env, "trigger", "session.created")
+		require.Equal(t, 0, code, stderr)
+		assert.NotContains(t, stderr, "note:", "there are users")
+		assert.Equal(t, 0, p.stop(), p.stderr.String())
+	}
 }

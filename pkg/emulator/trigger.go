@@ -54,6 +54,13 @@ func (c *Clerk) Trigger(w Wish) ([]Event, error) {
 	return t.events, nil
 }
 
+// Remember takes a living object into the state without an event, as one that was there before. table is one of [Tables].
+func (c *Clerk) Remember(table string, object []byte) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.keep(table, gjson.GetBytes(object, "id").String(), gjson.GetBytes(object, "updated_at").Int(), 0, bytes.Clone(object))
+}
+
 // trigger is the making of one event and of those that it needs.
 type trigger struct {
 	c      *Clerk

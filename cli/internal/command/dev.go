@@ -14,10 +14,12 @@ import (
 
 	"github.com/spf13/cobra"
 	"go.uber.org/zap"
+	"gorm.io/gorm"
 
 	"github.com/usherhq/usher/cli/internal/allinone"
 	"github.com/usherhq/usher/pkg/emulator"
 	"github.com/usherhq/usher/pkg/listen"
+	"github.com/usherhq/usher/pkg/mirror"
 )
 
 type devOptions struct {
@@ -112,6 +114,11 @@ func (c *cli) runDev(ctx context.Context, o devOptions) (err error) {
 	}
 	told := false
 	err = c.run(ctx, cfg, func(ctx context.Context, i *allinone.Instance) error {
+		if clerk != nil {
+			if err := remember(ctx, i.DB, clerk); err != nil {
+				return err
+			}
+		}
 		_, _ = fmt.Fprintf(info, "Usher is ready (%.1f s).\n\n", time.Since(start).Seconds())
 		banner(info, i, settings, made)
 		if o.demo {
@@ -132,6 +139,21 @@ func (c *cli) runDev(ctx context.Context, o devOptions) (err error) {
 		return fmt.Errorf("the demo did not come to its end: %w", context.Cause(ctx))
 	}
 	return err
+}
+
+// remember lets the offline Clerk have what a database that was kept has of its last life: else all of that would be drift.
+func remember(ctx context.Context, db *gorm.DB, clerk *emulator.Clerk) error {
+	for _, table := range emulator.Tables() {
+		for row, err := range mirror.All(ctx, db, table) {
+			if err != nil {
+				return fmt.Errorf("read the database that was kept: %w", err)
+			}
+			if row.DeletedAt == nil && row.Version > 0 {
+				clerk.Remember(table, row.Raw)
+			}
+		}
+	}
+	return nil
 }
 
 // serveClerk serves the Backend API of an emulated Clerk on a loopback port, so that `usher verify` can compare a demo's mirror
