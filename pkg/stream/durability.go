@@ -245,14 +245,14 @@ func tlsOf(nc *nats.Conn) (*tls.Config, error) {
 	if read := nc.Opts.RootCAsCB; read != nil {
 		pool, err := read()
 		if err != nil {
-			return nil, err //nolint:wrapcheck // the caller says what it was for
+			return nil, err
 		}
 		config.RootCAs = pool
 	}
 	if read := nc.Opts.TLSCertCB; read != nil {
 		cert, err := read()
 		if err != nil {
-			return nil, err //nolint:wrapcheck // as above
+			return nil, err
 		}
 		config.Certificates = []tls.Certificate{cert}
 	}

@@ -92,8 +92,10 @@ func TestTLSToTheBroker(t *testing.T) {
 // TestARefusedCertificateIsNamedWhateverIsReadOfIt: the refusal may be read, or only that the connection is gone.
 func TestARefusedCertificateIsNamedWhateverIsReadOfIt(t *testing.T) {
 	t.Parallel()
-	for _, text := range []string{"connection closed by remote after TLS handshake: EOF", "remote error: tls: certificate required", "remote error: tls: bad certificate",
-		"remote error: tls: unknown certificate authority", "remote error: tls: expired certificate"} {
+	for _, text := range []string{
+		"connection closed by remote after TLS handshake: EOF", "remote error: tls: certificate required", "remote error: tls: bad certificate",
+		"remote error: tls: unknown certificate authority", "remote error: tls: expired certificate",
+	} {
 		assert.ErrorContains(t, stream.Explain(fmt.Errorf("%w: %s", nats.ErrTLS, text)), "set USHER_NATS_CERT and USHER_NATS_KEY", text)
 	}
 }
