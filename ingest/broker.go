@@ -80,8 +80,8 @@ func (b *broker) published(err error) {
 }
 
 // errNotConfirmed: a stream one of whose writes failed takes no write any more, and tells a publisher nothing.
-var errNotConfirmed = errors.New("the broker did not confirm the last event: it is slow, or a write to its disk failed, after which the stream takes " +
-	"no event until the broker is restarted: its log and its own /healthz say what it was")
+var errNotConfirmed = errors.New("the broker did not confirm the last event: it is slow, its cluster has no majority (which returns with its servers), or a write to its " +
+	"disk failed, after which the stream takes no event until the broker is restarted: its log and its own /healthz say which")
 
 var errFull = fmt.Errorf("stream %s is full: %w", stream.Events, stream.ErrFull)
 
