@@ -26,6 +26,7 @@ const PublishTimeout = 4 * time.Second
 // empty for none. opts come last and may override. The error is about the URL or the credentials.
 func Connect(url, creds, name string, log *zap.Logger, opts ...nats.Option) (*nats.Conn, error) {
 	var failed atomic.Pointer[string] // why the last try failed: every try would say the same
+	var denied atomic.Pointer[string] // what was denied last: ingest asks for the same once a minute
 	options := []nats.Option{
 		nats.Name("usher-" + name),
 		nats.MaxReconnects(-1),
@@ -59,12 +60,19 @@ func Connect(url, creds, name string, log *zap.Logger, opts ...nats.Option) (*na
 		nats.ConnectHandler(func(*nats.Conn) { failed.Store(nil) }),
 		nats.ReconnectHandler(func(*nats.Conn) {
 			failed.Store(nil)
+			denied.Store(nil)
 			log.Info("broker connected again")
 		}),
 		nats.ErrorHandler(func(nc *nats.Conn, _ *nats.Subscription, err error) {
 			if !nc.IsConnected() { // a refused login among others, each time
 				text := notConnected(err).Error()
 				if last := failed.Swap(&text); last != nil && *last == text {
+					return
+				}
+			}
+			if errors.Is(err, nats.ErrPermissionViolation) {
+				text := err.Error()
+				if last := denied.Swap(&text); last != nil && *last == text {
 					return
 				}
 			}

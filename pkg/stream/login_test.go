@@ -12,8 +12,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats-server/v2/server"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest/observer"
 
 	"github.com/usherhq/usher/pkg/natstest"
 	"github.com/usherhq/usher/pkg/stream"
@@ -120,4 +123,30 @@ func TestAClosedConnectionEndsItsGuard(t *testing.T) {
 	require.ErrorContains(t, <-guarded, "closed for good")
 	require.ErrorContains(t, stream.Guard{Conn: nc}.Run(t.Context()), "closed for good", "also where it was closed before")
 	assert.Error(t, stream.Connected(nc))
+}
+
+// TestADeniedSubjectIsToldOnce: ingest asks once a minute for what its user may not see, and says so in the log once, not for ever.
+func TestADeniedSubjectIsToldOnce(t *testing.T) {
+	t.Parallel()
+	broker := natstest.New(t, func(o *server.Options) {
+		o.Users = []*server.User{{Username: "ingest", Password: "secret", Permissions: &server.Permissions{
+			Publish:   &server.SubjectPermission{Allow: []string{"allowed"}},
+			Subscribe: &server.SubjectPermission{Allow: []string{"_INBOX_test.>"}},
+		}}}
+	})
+	core, logs := observer.New(zap.WarnLevel)
+	nc, err := stream.Connect(strings.Replace(broker.URL(), "://", "://ingest:secret@", 1), "", "test", zap.New(core))
+	require.NoError(t, err)
+	defer nc.Close()
+	require.Eventually(t, nc.IsConnected, time.Minute, 10*time.Millisecond)
+	for _, subject := range []string{"denied.1", "denied.1", "denied.1", "denied.2"} {
+		require.NoError(t, nc.Publish(subject, nil))
+	}
+	told := func(subject string) int {
+		return logs.Filter(func(e observer.LoggedEntry) bool {
+			return strings.Contains(fmt.Sprint(e.ContextMap()["error"]), subject)
+		}).Len()
+	}
+	require.Eventually(t, func() bool { return told("denied.2") > 0 }, time.Minute, 10*time.Millisecond, "the last one is told")
+	assert.Equal(t, 1, told("denied.1"))
 }
