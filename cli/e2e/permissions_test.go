@@ -113,7 +113,7 @@ func (s *secured) violations() []string {
 	for _, m := range regexp.MustCompile(`:usher-([a-z]+)".* Violation - (?:Subject|Reply) "([^"]*)"`).FindAllStringSubmatch(string(text), -1) {
 		list = append(list, m[1]+" "+m[2])
 	}
-	assert.Equal(s.t, strings.Count(string(text), "Violation"), len(list), "%s", text)
+	assert.Len(s.t, list, strings.Count(string(text), "Violation"), "%s", text)
 	slices.Sort(list)
 	return slices.Compact(list)
 }
@@ -224,11 +224,15 @@ func (s *secured) refusals() {
 	t := s.t
 	t.Helper()
 	const api = "$JS.API."
-	reading := []string{api + "DIRECT.GET.CLERK_EVENTS", api + "STREAM.MSG.GET.CLERK_EVENTS", api + "CONSUMER.MSG.NEXT.CLERK_EVENTS.mirror",
-		api + "CONSUMER.CREATE.CLERK_EVENTS.spy", api + "STREAM.SNAPSHOT.CLERK_EVENTS", api + "STREAM.CREATE.SPY"}
-	destroying := []string{api + "STREAM.DELETE.CLERK_EVENTS", api + "STREAM.DELETE.CLERK_DLQ", api + "STREAM.UPDATE.CLERK_EVENTS", api + "STREAM.MSG.DELETE.CLERK_EVENTS",
+	reading := []string{
+		api + "DIRECT.GET.CLERK_EVENTS", api + "STREAM.MSG.GET.CLERK_EVENTS", api + "CONSUMER.MSG.NEXT.CLERK_EVENTS.mirror",
+		api + "CONSUMER.CREATE.CLERK_EVENTS.spy", api + "STREAM.SNAPSHOT.CLERK_EVENTS", api + "STREAM.CREATE.SPY",
+	}
+	destroying := []string{
+		api + "STREAM.DELETE.CLERK_EVENTS", api + "STREAM.DELETE.CLERK_DLQ", api + "STREAM.UPDATE.CLERK_EVENTS", api + "STREAM.MSG.DELETE.CLERK_EVENTS",
 		api + "STREAM.PURGE.CLERK_DLQ", api + "CONSUMER.DELETE.CLERK_EVENTS.mirror", api + "CONSUMER.RESET.CLERK_EVENTS.mirror",
-		api + "CONSUMER.CREATE.CLERK_EVENTS.mirror", api + "CONSUMER.DURABLE.CREATE.CLERK_EVENTS.mirror", api + "STREAM.RESTORE.CLERK_EVENTS"}
+		api + "CONSUMER.CREATE.CLERK_EVENTS.mirror", api + "CONSUMER.DURABLE.CREATE.CLERK_EVENTS.mirror", api + "STREAM.RESTORE.CLERK_EVENTS",
+	}
 	const purge, ack = api + "STREAM.PURGE.CLERK_EVENTS", "$JS.ACK.CLERK_EVENTS.mirror.1.1.1.0.0"
 	const evt, dlq, replayed, kv = "clerk.evt.clerk.user.created.user_1", "clerk.dlq.mirror.clerk.user.created.user_1", "clerk.replay.mirror.clerk.user.created.user_1", "$KV.CLERK_LEASES.sweep"
 	without := func(list []string, names ...string) []string {
