@@ -185,6 +185,9 @@ func Pending(ctx context.Context, db *gorm.DB) ([]string, error) {
 	pending := names(dialect)
 	rows, err := pool.QueryContext(ctx, "SELECT version_id FROM "+versionTable+" WHERE is_applied AND version_id > 0 ORDER BY version_id")
 	if isMissingTable(err) {
+		if d, ok := db.Dialector.(pgDialector); ok {
+			return pending, schemaUsable(ctx, pool, d.schema)
+		}
 		return pending, nil
 	}
 	if err != nil {
@@ -206,6 +209,22 @@ func Pending(ctx context.Context, db *gorm.DB) ([]string, error) {
 		return nil, fmt.Errorf("read schema version: %w", err)
 	}
 	return pending, nil
+}
+
+// schemaUsable tells a schema without tables from one in which the user may see none: PostgreSQL passes over that in silence, and says that a
+// table does not exist.
+func schemaUsable(ctx context.Context, pool *sql.DB, schema string) error {
+	var user string
+	var usable bool
+	err := pool.QueryRowContext(ctx, "SELECT current_user, coalesce((SELECT has_schema_privilege(oid, 'USAGE') FROM pg_namespace WHERE nspname = $1), true)", schema).
+		Scan(&user, &usable)
+	if err != nil {
+		return fmt.Errorf("read schema version: %w", err)
+	}
+	if !usable {
+		return mayNotUse(user, schema)
+	}
+	return nil
 }
 
 // CheckMigrated is what a service asks before it begins: nil, [ErrPending], [ErrNewer], or why it cannot tell.

@@ -116,7 +116,7 @@ func probePostgres(ctx context.Context, pool *sql.DB, d pgDialector, want []tabl
 	case !exists:
 		return fmt.Errorf("schema %q does not exist in database %q: run `usher setup`; where it was there before, it was dropped or renamed: rename it back or restore it, or begin with an empty one by `usher setup` and `usher backfill` (%w)", schema, database, ErrMissing)
 	case !usable:
-		return fmt.Errorf("user %q may not use schema %q: GRANT USAGE ON SCHEMA %s (%w)", user, schema, schema, ErrAuth)
+		return mayNotUse(user, schema)
 	case standby && len(writes) > 0:
 		return fmt.Errorf("%w: this PostgreSQL is a standby: name the primary in %s (target_session_attrs=read-write finds it), or promote this one", errReadOnly, d.connector.url.setting)
 	case readOnly && len(writes) > 0:
@@ -163,6 +163,10 @@ func probePostgres(ctx context.Context, pool *sql.DB, d pgDialector, want []tabl
 		return fmt.Errorf("%s (%w)", lacks, ErrAuth)
 	}
 	return nil
+}
+
+func mayNotUse(user, schema string) error {
+	return fmt.Errorf("user %q may not use schema %q: GRANT USAGE ON SCHEMA %s (%w)", user, schema, schema, ErrAuth)
 }
 
 // missing says which tables and columns are gone.

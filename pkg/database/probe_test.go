@@ -79,6 +79,11 @@ func TestProbeNamesASchemaThatIsGoneRightsAndReadOnly(t *testing.T) {
 		}
 	}
 	says(database.ErrAuth, `may not use schema "usher"`, "GRANT USAGE")
+	_, err = database.Migrate(t.Context(), db)
+	for _, err := range []error{database.CheckMigrated(t.Context(), db), err} { // no migration is missing
+		require.ErrorIs(t, err, database.ErrAuth)
+		require.ErrorContains(t, err, "GRANT USAGE ON SCHEMA usher")
+	}
 	do("GRANT USAGE ON SCHEMA usher TO ROLE")
 	says(database.ErrAuth, "may not SELECT", "GRANT SELECT ON usher.")
 	do("GRANT SELECT ON ALL TABLES IN SCHEMA usher TO ROLE")

@@ -17,8 +17,8 @@ import (
 // defaultSetting is what errors name where the caller does not say which setting a URL comes from.
 const defaultSetting = "USHER_DATABASE_URL"
 
-// postgresRE are the schemes of PostgreSQL, those that SQLAlchemy and JDBC put a driver's name into included.
-var postgresRE = regexp.MustCompile(`^(?:jdbc:)?postgres(?:ql)?(?:\+\w+)?://`)
+// postgresRE are the schemes of PostgreSQL, those of SQLAlchemy and JDBC, with a driver's name in them, and of Django and Rails included.
+var postgresRE = regexp.MustCompile(`^(?:jdbc:)?(?:postgres(?:ql)?|postgis|psql|pgsql)(?:\+\w+)?://`)
 
 // foreign are the parameters that other clients of PostgreSQL read from a URL, and that mean nothing to the server or to Usher. Those that
 // are in neither list are the server's: it refuses what it does not know by its name.

@@ -86,7 +86,7 @@ func TestURLsOfOtherClientsOpenTheDatabase(t *testing.T) {
 		namesSchema := strings.Contains(strings.ToLower(query), "schema") || strings.Contains(query, "search_path")
 		assert.Equal(t, namesSchema, strings.Contains(lines[0], "USHER_DATABASE_SCHEMA names, now usher"), lines[0])
 	}
-	for _, scheme := range []string{"postgresql", "postgresql+psycopg2", "postgresql+asyncpg", "postgres+pg8000"} {
+	for _, scheme := range []string{"postgresql", "postgresql+psycopg2", "postgresql+asyncpg", "postgres+pg8000", "postgis", "psql", "pgsql"} {
 		lines, err := awaited(t, scheme+strings.TrimPrefix(address, "postgres"))
 		require.NoError(t, err, scheme)
 		assert.Empty(t, lines, scheme)
