@@ -194,6 +194,9 @@ func (b *Bytes) EnvDecode(_ context.Context, value string) error {
 	for range strings.Index(" KMGT", cmp.Or(strings.TrimSuffix(m[2], "i"), " ")) {
 		f *= base
 	}
+	if f >= 1<<62 {
+		return fmt.Errorf("%q is too large a size", value)
+	}
 	*b = Bytes(f)
 	return nil
 }
@@ -272,8 +275,9 @@ func isSecret(name string) bool {
 	return slices.ContainsFunc(Describe(), func(s Setting) bool { return s.Secret && s.Name == name })
 }
 
-// Load reads the settings from environ; flags, by setting name, override it. The error is Problems; the settings are then those
-// that could be read, the others as if they were not set, so that a caller can look for what is wrong by rules of its own.
+// Load reads the settings from environ; flags, by setting name, override it. An empty value counts as not given, in both. The error is
+// Problems; the settings are then those that could be read, the others as if they were not set, so that a caller can look for what is
+// wrong by rules of its own.
 func Load(environ Environ, flags map[string]string) (*Settings, error) {
 	s := &Settings{origins: map[string]string{}}
 	environ, files, problems := environ.withFiles()
@@ -287,7 +291,7 @@ func Load(environ Environ, flags map[string]string) (*Settings, error) {
 			continue
 		}
 		lookup := func(key string) (string, bool) {
-			if value, ok := flags[key]; ok {
+			if value := flags[key]; value != "" {
 				s.origins[key] = "flag"
 				return value, true
 			}
@@ -300,10 +304,13 @@ func Load(environ Environ, flags map[string]string) (*Settings, error) {
 		}
 		value, err := decode(field, lookup)
 		if err != nil {
-			problems = append(problems, fmt.Sprintf("%s: %s", name, strings.TrimPrefix(err.Error(), field.Name+": ")))
+			problems = append(problems, fmt.Sprintf("%s: %s", name, plain(field, err)))
 			value, _ = decode(field, func(string) (string, bool) { return "", false }) // and no rule finds it wrong again
 		}
 		v.Field(i).Set(value)
+		if field.Tag.Get("secret") == "url" { // what is kept in a file or a cluster's secret often ends with a newline
+			v.Field(i).SetString(strings.TrimSpace(value.String()))
+		}
 	}
 	if s.DatabaseURL == "" {
 		switch {
@@ -341,6 +348,21 @@ func decode(field reflect.StructField, lookup Lookup) (reflect.Value, error) {
 		Target: one.Interface(), Lookuper: lookuper(lookup), DefaultNoInit: true,
 	})
 	return one.Elem().Field(0), cmp.Or(wrong, err)
+}
+
+// plain is the text of an error of decode.
+func plain(field reflect.StructField, err error) string {
+	var number *strconv.NumError
+	switch {
+	case !errors.As(err, &number):
+		return strings.TrimPrefix(err.Error(), field.Name+": ")
+	case field.Type.Kind() == reflect.Bool:
+		return fmt.Sprintf("%q is not true or false", number.Num)
+	case field.Type.Kind() == reflect.Float64:
+		return fmt.Sprintf("%q is not a number", number.Num)
+	default:
+		return fmt.Sprintf("%q is not a whole number", number.Num)
+	}
 }
 
 type lookuper Lookup
@@ -575,6 +597,18 @@ func (s *Settings) validate() Problems {
 			bad(name, "%v", err)
 		}
 	}
+	for _, src := range s.Sources {
+		name := "CLERK_SECRET_KEY"
+		if src.Name != s.Source {
+			name = "USHER_SOURCE_" + strings.ToUpper(src.Name) + "_SECRET_KEY"
+		}
+		switch {
+		case strings.HasPrefix(src.SecretKey, "pk_"):
+			bad(name, "this is the publishable key, not the secret key (sk_…)")
+		case strings.HasPrefix(src.SecretKey, "whsec_"):
+			bad(name, "this is a signing secret, not the secret key (sk_…)")
+		}
+	}
 	if s.AppToken != "" && s.AppToken == s.AdminToken {
 		bad("USHER_APP_TOKEN", "the same as USHER_ADMIN_TOKEN: an application would be an administrator; make one of its own")
 	}
@@ -664,8 +698,9 @@ func (s *Settings) DatabaseSetting() string {
 	return "USHER_DATABASE_URL"
 }
 
-// databaseRE are the schemes that pkg/database opens, those that SQLAlchemy and JDBC put a driver's name into included.
-var databaseRE = regexp.MustCompile(`^(?:(?:jdbc:)?postgres(?:ql)?(?:\+\w+)?://|sqlite:.)`)
+// databaseRE are the schemes that pkg/database opens, those of SQLAlchemy and JDBC, with a driver's name in them, and of Django and
+// Rails included.
+var databaseRE = regexp.MustCompile(`^(?:(?:jdbc:)?(?:postgres(?:ql)?|postgis|psql|pgsql)(?:\+\w+)?://|sqlite:.)`)
 
 // wrongDatabase says why a URL names no database that Usher can use, as far as its scheme tells. It repeats nothing of it.
 func wrongDatabase(address string) string {

@@ -265,3 +265,31 @@ func TestWhatNamesNoDatabaseIsRefusedByTheNameThatWasSet(t *testing.T) {
 		}
 	}
 }
+
+func TestAnEmptyFlagIsNotGiven(t *testing.T) {
+	s, err := Load(Environ{"USHER_DATABASE_SCHEMA=mine"}, map[string]string{"USHER_DATABASE_URL": "", "USHER_DATABASE_SCHEMA": ""})
+	require.NoError(t, err)
+	assert.Equal(t, "default", s.Origin("USHER_DATABASE_URL"))
+	assert.Equal(t, "mine", s.DatabaseSchema)
+}
+
+func TestWhiteSpaceAroundAURLDoesNotCount(t *testing.T) {
+	s, err := Load(Environ{"DATABASE_URL= postgres://u:p@h/app?sslmode=disable\r\n", "USHER_NATS_URL=nats://h:4222\n"}, nil)
+	require.NoError(t, err)
+	assert.Equal(t, "postgres://u:p@h/app?sslmode=disable", s.DatabaseURL)
+	assert.Equal(t, "nats://h:4222", s.NATSURL)
+}
+
+func TestWrongValuesAreNamedInWords(t *testing.T) {
+	for entry, says := range map[string]string{
+		"USHER_STREAM_REPLICAS=one": `USHER_STREAM_REPLICAS: "one" is not a whole number`, "USHER_ALLOW_UNSYNCED_BROKER=yes": `USHER_ALLOW_UNSYNCED_BROKER: "yes" is not true or false`,
+		"USHER_ALERT_FAILURE_RATE=5%": `USHER_ALERT_FAILURE_RATE: "5%" is not a number`, "USHER_STREAM_MAX_BYTES=999999999TiB": "too large",
+		"CLERK_SECRET_KEY=pk_test_hush": "CLERK_SECRET_KEY: this is the publishable key", "CLERK_SECRET_KEY=whsec_hush": "CLERK_SECRET_KEY: this is a signing secret",
+		"USHER_SOURCE_EU_SECRET_KEY=pk_live_hush": "USHER_SOURCE_EU_SECRET_KEY: this is the publishable key",
+	} {
+		_, err := Load(Environ{entry}, nil)
+		require.ErrorContains(t, err, says, entry)
+		assert.NotContains(t, err.Error(), "strconv")
+		assert.NotContains(t, err.Error(), "hush")
+	}
+}

@@ -190,7 +190,7 @@ func devEnvironment(environ []string, flags map[string]string) (own, ignored []s
 		key, value, _ := strings.Cut(entry, "=")
 		isDatabase := key == "DATABASE_URL" || key == "DATABASE_URL_FILE" || strings.HasPrefix(key, "USHER_DATABASE_")
 		isBroker := strings.HasPrefix(key, "USHER_NATS_")
-		_, given := flags[strings.TrimSuffix(key, "_FILE")]
+		given := flags[strings.TrimSuffix(key, "_FILE")] != ""
 		switch {
 		case !isDatabase && !isBroker, isBroker && flags["USHER_NATS_URL"] != "" && !given:
 			own = append(own, entry)
