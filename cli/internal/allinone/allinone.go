@@ -508,7 +508,7 @@ func absoluteDatabase(url string) string {
 	if !ok {
 		return url
 	}
-	return "sqlite:" + absolute(path)
+	return "sqlite:" + absolute(strings.TrimPrefix(path, "//")) // as pkg/database reads it
 }
 
 // absolute makes a path good for a command that is started elsewhere. Empty stays empty.

@@ -59,8 +59,15 @@ func startBroker(cfg brokerConfig, log *zap.Logger) (*server.Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("start the embedded broker: %w", err)
 	}
-	srv.SetLoggerV2(brokerLog{log.Named("nats").Sugar()}, false, false, false)
+	failed := make(chan string, 1)
+	srv.SetLoggerV2(brokerLog{log.Named("nats").Sugar(), failed}, false, false, false)
 	srv.Start()
+	select {
+	case why := <-failed:
+		srv.Shutdown()
+		return nil, fmt.Errorf("start the embedded broker in %s: %s: check that the folder and all in it belong to the user that Usher runs as", cfg.dir, why)
+	case failed <- "": // what follows is no failure of the start
+	}
 	if !srv.ReadyForConnections(20 * time.Second) {
 		srv.Shutdown()
 		return nil, fmt.Errorf("the embedded broker is not ready after 20 s (folder %s)", cfg.dir)
@@ -105,7 +112,19 @@ func inProcess(srv *server.Server, password string) []nats.Option {
 }
 
 // brokerLog hands the broker's warnings and errors to our log. Its notices are about its own start and stop.
-type brokerLog struct{ *zap.SugaredLogger }
+type brokerLog struct {
+	*zap.SugaredLogger
+	failed chan string // takes why the start failed, and nothing once it has ended
+}
+
+// Fatalf is what the broker does not work on after. In its start, which then returns, it is an error of the start; later it ends the process.
+func (l brokerLog) Fatalf(format string, v ...any) {
+	select {
+	case l.failed <- fmt.Sprintf(format, v...):
+	default:
+		l.SugaredLogger.Fatalf(format, v...)
+	}
+}
 
 func (l brokerLog) Noticef(format string, v ...any) { l.Debugf(format, v...) }
 func (l brokerLog) Tracef(format string, v ...any)  { l.Debugf(format, v...) }
