@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/tidwall/gjson"
 	"github.com/tidwall/sjson"
@@ -81,6 +82,9 @@ func (t *trigger) announce(body []byte) {
 	if t.alone || id == "" || name == "" || !full && !slices.Contains(fixture.Types(), typ) {
 		return
 	}
+	if !kind.Deleted() && !possible(data) { // no list could have it
+		return
+	}
 	deletedAt, table := int64(0), c.table(name)
 	if kind.Deleted() {
 		deletedAt = max(gjson.GetBytes(body, "timestamp").Int(), 1)
@@ -94,6 +98,12 @@ func (t *trigger) announce(body []byte) {
 		table.live++
 	}
 	c.keep(name, id, data.Get("updated_at").Int(), deletedAt, []byte(data.Raw))
+}
+
+// possible reports whether an object is text, with an id and times of the types that Clerk has there.
+func possible(data gjson.Result) bool {
+	updated := data.Get("updated_at")
+	return utf8.ValidString(data.Raw) && data.Get("id").Type == gjson.String && data.Get("created_at").Type == gjson.Number && (updated.Type == gjson.Number || !updated.Exists())
 }
 
 // compose makes an envelope without announcing it.
@@ -156,6 +166,16 @@ func (t *trigger) named(table string, paths ...string) *Object {
 		}
 	}
 	return nil
+}
+
+// missing is the id that one of the sets names, where nothing living of the table has it: empty for none.
+func (t *trigger) missing(table string, paths ...string) string {
+	for _, s := range t.set {
+		if id := strings.Trim(s.Value, `"`); slices.Contains(paths, s.Path) && id != "" && t.living(table, id) == nil {
+			return id
+		}
+	}
+	return ""
 }
 
 // pick is the nth newest living object of a table that fits, from the newest again where they are used up; nil for none.
@@ -265,6 +285,9 @@ func (t *trigger) living(table, id string) *Object {
 // user is the person that an event is about, who signs up first where there is none.
 func (t *trigger) user(fits func(*Object) bool, paths ...string) (gjson.Result, error) {
 	o := t.named("users", paths...)
+	if id := t.missing("users", paths...); o == nil && id != "" && !t.alone {
+		return t.before("user.created", fixture.Set("data.id", id))
+	}
 	if o == nil && !t.alone {
 		o = t.pick("users", fits)
 	}
@@ -276,6 +299,9 @@ func (t *trigger) user(fits func(*Object) bool, paths ...string) (gjson.Result, 
 
 func (t *trigger) organization(paths ...string) (gjson.Result, error) {
 	o := t.named("organizations", paths...)
+	if id := t.missing("organizations", paths...); o == nil && id != "" && !t.alone {
+		return t.before("organization.created", fixture.Set("data.id", id))
+	}
 	if o == nil && !t.alone {
 		nth := t.nth
 		t.nth = 0 // the newest: its members are to be many

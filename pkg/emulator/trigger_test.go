@@ -116,3 +116,47 @@ func TestEveryTypeCanBeTriggered(t *testing.T) {
 	_, err := c.Trigger(emulator.Wish{Type: "user.vanished"})
 	require.ErrorIs(t, err, fixture.ErrUnknown)
 }
+
+func TestWhoIsNamedAndNotThereComesFirst(t *testing.T) {
+	t.Parallel()
+	c := emulator.New(emulator.Config{})
+	member, before := trigger(t, c, emulator.Wish{Type: "organizationMembership.created", Set: []fixture.PathValue{
+		fixture.Set("data.organization.id", "org_mine"), fixture.Set("data.public_user_data.user_id", "user_ada"),
+	}})
+	assert.Equal(t, []string{"user.created", "organization.created", "user.created"}, before, "one founded it")
+	assert.Equal(t, "org_mine", member.Get("organization.id").String())
+	assert.Equal(t, "user_ada", member.Get("public_user_data.user_id").String())
+	session, before := trigger(t, c, emulator.Wish{Type: "session.created", Set: []fixture.PathValue{fixture.Set("data.user_id", "user_bob")}})
+	assert.Equal(t, []string{"user.created"}, before)
+	assert.Equal(t, "user_bob", session.Get("user.id").String())
+	for table, id := range map[string]string{"organizations": "org_mine", "users": "user_bob"} {
+		_, ok := c.Object(table, id)
+		assert.True(t, ok, id)
+	}
+}
+
+// What no Clerk can have is sent, and spoils none of its lists.
+func TestAnImpossibleObjectIsNotKept(t *testing.T) {
+	t.Parallel()
+	c := emulator.New(emulator.Config{})
+	ada, _ := trigger(t, c, emulator.Wish{Type: "user.created"})
+	id := ada.Get("id").String()
+	for _, set := range []fixture.PathValue{
+		fixture.Set("data.created_at", "soon"), fixture.Set("data.updated_at", "{}"), fixture.Set("data.id", "5"),
+	} {
+		_, _ = trigger(t, c, emulator.Wish{Type: "user.updated", Set: []fixture.PathValue{set}})
+		kept, ok := c.Object("users", id)
+		require.True(t, ok)
+		assert.JSONEq(t, ada.Raw, string(kept.JSON), set.Path)
+	}
+	_, ok := c.Object("users", "5")
+	assert.False(t, ok)
+	for what, body := range map[string]string{
+		"made at no time": `{"type":"user.created","data":{"id":"user_x","object":"user","updated_at":1760000000000}}`,
+		"no text":         `{"type":"user.created","data":{"id":"user_x","object":"user","created_at":1,"updated_at":1,"first_name":"` + "\xff" + `"}}`,
+	} {
+		_, _ = trigger(t, c, emulator.Wish{Body: []byte(body)})
+		_, ok = c.Object("users", "user_x")
+		assert.False(t, ok, what)
+	}
+}

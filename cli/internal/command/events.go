@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/spf13/cobra"
@@ -480,8 +481,11 @@ func mask(t event.Type, body []byte) (json.RawMessage, string) {
 	if hidden, message := redact.Message(string(t), body); message {
 		return hidden, "texts, codes and links are redacted"
 	}
-	if json.Valid(body) {
+	switch {
+	case json.Valid(body) && utf8.Valid(body):
 		return body, ""
+	case json.Valid(body):
+		return body, "bytes that are not UTF-8 are replaced"
 	}
 	text, err := json.Marshal(string(body))
 	if err != nil {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -193,8 +194,20 @@ func deeper(cmd *cobra.Command, name string) []string {
 	return found
 }
 
-// unknownFlag names the flag that was probably meant.
+// unknownFlag names the flag that was probably meant, and says in words what a number must be.
 func unknownFlag(cmd *cobra.Command, err error) error {
+	var number *strconv.NumError
+	var wrong *pflag.InvalidValueError
+	if errors.As(err, &number) && errors.As(err, &wrong) {
+		want := "a whole number"
+		if wrong.GetFlag().Value.Type() == "float64" {
+			want = "a number"
+		}
+		if errors.Is(err, strconv.ErrRange) {
+			want = "a smaller number"
+		}
+		return fmt.Errorf("--%s %q: want %s", wrong.GetFlag().Name, wrong.GetValue(), want)
+	}
 	var missing *pflag.NotExistError
 	if !errors.As(err, &missing) || len(missing.GetSpecifiedName()) < 2 {
 		return err

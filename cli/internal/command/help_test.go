@@ -57,6 +57,19 @@ func TestHelpListsOwnFlagsFirstAndOnlyTheSettingsThatAreRead(t *testing.T) {
 	assert.NotContains(t, help, "--database-url")
 }
 
+func TestWrongNumbersAreNamedInWords(t *testing.T) {
+	t.Parallel()
+	h := newHarness(t)
+	for line, says := range map[string]string{
+		"events list --limit abc": `--limit "abc": want a whole number`, "replay --from-seq -1": `--from-seq "-1": want a whole number`,
+		"dlq replay --all --rate x": `--rate "x": want a number`, "trigger user.created --count 99999999999999999999": "want a smaller number",
+	} {
+		r := h.Run(strings.Fields(line)...).want(exitUsage)
+		assert.Contains(t, r.err, says, line)
+		assert.NotContains(t, r.err, "strconv", line)
+	}
+}
+
 func TestTheShellCompletesValues(t *testing.T) {
 	t.Parallel()
 	h := newHarness(t, "USHER_SOURCE_EU_SIGNING_SECRET="+stagingSecret)

@@ -1,6 +1,7 @@
 package command
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -58,7 +59,7 @@ func printListing[T any](w io.Writer, o output, list listing[T], header []string
 		return printJSON(w, list)
 	case outputNDJSON:
 		for _, item := range list.Items {
-			if err := json.NewEncoder(w).Encode(item); err != nil {
+			if err := encoder(w).Encode(item); err != nil {
 				return fmt.Errorf("print: %w", err)
 			}
 		}
@@ -147,7 +148,7 @@ func printObject(w io.Writer, o output, value any) error {
 	if o != outputNDJSON {
 		return printJSON(w, value)
 	}
-	if err := json.NewEncoder(w).Encode(value); err != nil {
+	if err := encoder(w).Encode(value); err != nil {
 		return fmt.Errorf("print: %w", err)
 	}
 	return nil
@@ -155,12 +156,23 @@ func printObject(w io.Writer, o output, value any) error {
 
 // printJSON writes one indented JSON value.
 func printJSON(w io.Writer, value any) error {
-	enc := json.NewEncoder(w)
+	enc := encoder(w)
 	enc.SetIndent("", "  ")
 	if err := enc.Encode(value); err != nil {
 		return fmt.Errorf("print: %w", err)
 	}
 	return nil
+}
+
+// encoder writes JSON that every reader takes: what is kept of a body as it came may have bytes that are not UTF-8.
+func encoder(w io.Writer) *json.Encoder { return json.NewEncoder(validUTF8{w}) }
+
+type validUTF8 struct{ w io.Writer }
+
+// Write implements io.Writer for whole values, as an encoder writes them.
+func (v validUTF8) Write(p []byte) (int, error) {
+	_, err := v.w.Write(bytes.ToValidUTF8(p, []byte("\uFFFD")))
+	return len(p), err //nolint:wrapcheck // transparent
 }
 
 // table aligns columns.

@@ -235,6 +235,9 @@ func (c *cli) checkPath(typ string, body []byte, path string) error {
 		return nil
 	}
 	parts := strings.Split(path, ".")
+	if slices.Contains(parts, "") {
+		return fmt.Errorf("--set %s: a name in the path is empty: want names with a dot between, such as data.first_name", path)
+	}
 	slip := func(meant string) error {
 		return fmt.Errorf("--set %s: %s has no such field; did you mean %s? (--from-file sends any envelope as it is)", path, typ, meant)
 	}

@@ -11,6 +11,7 @@ import (
 	"sync"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -74,6 +75,17 @@ func TestTriggerTakesTheRealRoad(t *testing.T) {
 		res := r.RunIn(t.Context(), "not json", "trigger", "--url", r.ingest, "--from-file", "-", "-o", "ndjson").want(exitOK)
 		assert.Contains(t, res.err, "is no event")
 		assert.Equal(t, 202, lines[sent](res)[0].Status)
+	})
+	t.Run("WhatIsNoUTF8IsShownAsJSON", func(t *testing.T) {
+		body := "{\"type\":\"user.created\",\"data\":{\"id\":\"user_odd\",\"first_name\":\"a\xff\"}}"
+		id := lines[sent](r.RunIn(t.Context(), body, "trigger", "--url", r.ingest, "--from-file", "-", "-o", "ndjson").want(exitOK))[0].ID
+		r.settled(id)
+		for _, format := range []string{"json", "ndjson"} {
+			shown := r.Run("events", "show", id, "-o", format).want(exitOK)
+			assert.True(t, utf8.ValidString(shown.out), format)
+			assert.Equal(t, "a\uFFFD", gjson.Get(shown.out, "body.data.first_name").String())
+			assert.Contains(t, gjson.Get(shown.out, "body_note").String(), "not UTF-8")
+		}
 	})
 	t.Run("AnotherSourceHasItsOwnSecret", func(t *testing.T) {
 		staging := r.with("USHER_SOURCE_STAGING_SIGNING_SECRET=" + stagingSecret)
@@ -140,6 +152,9 @@ func TestTriggerSaysWhatASetWouldAdd(t *testing.T) {
 	} {
 		r := h.Run("trigger", "user.created", "--url", srv.URL, "--set", set).want(exitUsage)
 		assert.Contains(t, r.err, "did you mean "+meant+"?", set)
+	}
+	for _, set := range []string{"data..first_name=Ada", ".data=1", "data.=1"} {
+		assert.Contains(t, h.Run("trigger", "user.created", "--url", srv.URL, "--set", set).want(exitUsage).err, "a name in the path is empty", set)
 	}
 	assert.Empty(t, bodies, "nothing was sent")
 	for set, path := range map[string]string{
