@@ -109,11 +109,14 @@ func (a *access) caller(r *http.Request) (role, string) {
 	if token = strings.TrimSpace(token); token != "" && strings.EqualFold(scheme, "Bearer") {
 		return a.token(token)
 	}
-	cookie, err := r.Cookie(a.cookie)
-	if err != nil {
-		return anyone, refusedMissing
+	// A program on another port of the host can set one of this name too, which a browser may send first.
+	reason := refusedMissing
+	for _, cookie := range r.CookiesNamed(a.cookie) {
+		if reason = a.session(cookie.Value, time.Now()); reason == "" {
+			break
+		}
 	}
-	if reason := a.session(cookie.Value, time.Now()); reason != "" {
+	if reason != "" {
 		return anyone, reason
 	}
 	if crossSite(r) {

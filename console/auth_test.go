@@ -257,6 +257,9 @@ func TestSessionEndsAndCannotBeMade(t *testing.T) {
 	for _, value := range []string{"", ".", end, end + ".", "9" + end + "." + proof, end + "." + proof + "x"} {
 		assert.Equal(t, http.StatusUnauthorized, session(value), value)
 	}
+	mine := console.SessionAt(token, time.Now())
+	assert.Equal(t, http.StatusOK, session("x; usher_session_"+port+"="+mine), "another port of the host has set a cookie of the name")
+	assert.Equal(t, http.StatusOK, session(mine+"; usher_session_"+port+"=x"))
 }
 
 func TestTokenIsMadeWhereNoneIsSet(t *testing.T) {

@@ -123,7 +123,8 @@ func New(cfg Config, deps Deps) (*Console, error) {
 	c.server = &http.Server{
 		Handler: c.guard(c.routes()), ReadHeaderTimeout: readTimeout, ReadTimeout: readTimeout,
 		WriteTimeout: writeTimeout, IdleTimeout: time.Minute, MaxHeaderBytes: maxHeader,
-		ErrorLog: zap.NewStdLog(log),
+		DisableGeneralOptionsHandler: true, // which answers OPTIONS * before the guard
+		ErrorLog:                     zap.NewStdLog(log),
 	}
 	listener.Attach(c.server)
 	deps.Health.Add(Name, c.presence.Check)

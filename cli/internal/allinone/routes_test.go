@@ -56,7 +56,7 @@ func TestNoListenerAnswersAStrangerBehindAProxy(t *testing.T) {
 			paths = append(paths, example(pattern))
 		}
 	}
-	paths = append(paths, "/", "/admin/", "/admin/../admin", "//admin", "/api/unknown", "/debug/pprof/", "/unknown")
+	paths = append(paths, "/", "/admin/", "/admin/../admin", "//admin", "/api/unknown", "*", "/debug/pprof/", "/unknown")
 	slices.Sort(paths)
 	paths = slices.Compact(paths)
 	answered := map[string]bool{}
