@@ -11,7 +11,7 @@ import (
 // What is kept of a mail or a text message: who sent what kind of it to whom, and what became of it. All else may hold its text, its code or
 // its link.
 var (
-	keptOfEnvelope = []string{"event_attributes", "instance_id", "object", "timestamp", "type"}
+	keptOfEnvelope = []string{"instance_id", "object", "timestamp", "type"}
 	keptOfMessage  = []string{
 		"id", "object", "user_id", "slug", "status", "delivered_by_clerk", "created_at", "created_at_ms", "updated_at", "updated_at_ms",
 		"to_email_address", "email_address_id", "from_email_name", "reply_to_email_name", "to_phone_number", "phone_number_id", "from_phone_number",
@@ -59,11 +59,30 @@ func Message(typ string, body []byte) ([]byte, bool) {
 		switch {
 		case name == "data":
 			envelope[name] = message(value)
-		case !slices.Contains(keptOfEnvelope, name):
+		case name == "event_attributes":
+			envelope[name] = origin(value)
+		case !slices.Contains(keptOfEnvelope, name) || isComposed(value):
 			envelope[name] = masked(value)
 		}
 	}
 	return mustMarshal(envelope), true
+}
+
+// isComposed reports whether a value is an object or a list, in which anything may be.
+func isComposed(value json.RawMessage) bool { return value[0] == '{' || value[0] == '[' }
+
+// origin keeps of an event's attributes where the request came from that caused it.
+func origin(attributes json.RawMessage) json.RawMessage {
+	var from struct {
+		Request *struct {
+			IP        *string `json:"client_ip,omitempty"`
+			UserAgent *string `json:"user_agent,omitempty"`
+		} `json:"http_request,omitempty"`
+	}
+	if string(attributes) == "null" || json.Unmarshal(attributes, &from) != nil {
+		return masked(attributes)
+	}
+	return mustMarshal(from)
 }
 
 // message redacts the object of a message.
@@ -76,7 +95,7 @@ func message(object json.RawMessage) json.RawMessage {
 		switch {
 		case name == "data":
 			fields[name] = person(value)
-		case !slices.Contains(keptOfMessage, name) || value[0] == '{' || value[0] == '[':
+		case !slices.Contains(keptOfMessage, name) || isComposed(value):
 			fields[name] = masked(value)
 		}
 	}
