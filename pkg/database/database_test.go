@@ -231,12 +231,12 @@ func TestSchemasOfOneDatabaseAreApart(t *testing.T) {
 	}
 }
 
-// TestMigrateNeedsNoRightToCreateAnExistingSchema is the usual set-up of a managed PostgreSQL: an administrator made the schema.
-func TestMigrateNeedsNoRightToCreateAnExistingSchema(t *testing.T) {
-	t.Parallel()
+// withRole is an empty database, as its administrator and as a role without rights of its own.
+func withRole(t *testing.T) (admin *gorm.DB, role string, db *gorm.DB) {
+	t.Helper()
 	address := dbtest.EmptyPostgresURL(t)
-	role := fmt.Sprintf("usher_role_%d_%d", os.Getpid(), time.Now().UnixNano())
-	admin := dbtest.Open(t, address)
+	role = fmt.Sprintf("usher_role_%d_%d", os.Getpid(), time.Now().UnixNano())
+	admin = dbtest.Open(t, address)
 	require.NoError(t, admin.Exec("CREATE ROLE "+role+" LOGIN PASSWORD 'pw'").Error)
 	t.Cleanup(func() {
 		_ = admin.Exec("DROP OWNED BY " + role).Error
@@ -245,11 +245,26 @@ func TestMigrateNeedsNoRightToCreateAnExistingSchema(t *testing.T) {
 	u, err := url.Parse(address)
 	require.NoError(t, err)
 	u.User = url.UserPassword(role, "pw")
-	db := dbtest.Open(t, u.String())
-	_, err = database.Migrate(t.Context(), db)
+	return admin, role, dbtest.Open(t, u.String())
+}
+
+// TestMigrateNeedsNoRightToCreateAnExistingSchema is the usual set-up of a managed PostgreSQL: an administrator made the schema.
+func TestMigrateNeedsNoRightToCreateAnExistingSchema(t *testing.T) {
+	t.Parallel()
+	admin, role, db := withRole(t)
+	_, err := database.Migrate(t.Context(), db)
 	require.ErrorIs(t, err, database.ErrAuth)
 	assert.ErrorContains(t, err, "GRANT CREATE ON DATABASE")
-	require.NoError(t, admin.Exec("CREATE SCHEMA usher AUTHORIZATION "+role).Error)
+	require.NoError(t, admin.Exec("CREATE SCHEMA usher").Error)
+	var owner string
+	require.NoError(t, admin.Raw("SELECT current_user").Scan(&owner).Error)
+	for _, grant := range []string{"SELECT 1", "GRANT USAGE ON SCHEMA usher TO " + role} {
+		require.NoError(t, admin.Exec(grant).Error)
+		_, err = database.Migrate(t.Context(), db)
+		require.ErrorIs(t, err, database.ErrAuth)
+		require.ErrorContains(t, err, fmt.Sprintf("schema usher belongs to user %q, and %q may not create tables in it", owner, role))
+	}
+	require.NoError(t, admin.Exec("ALTER SCHEMA usher OWNER TO "+role).Error)
 	_, err = database.Migrate(t.Context(), db)
 	require.NoError(t, err)
 }

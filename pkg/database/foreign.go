@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/jackc/pgx/v5/pgconn"
 	"gorm.io/gorm"
 )
 
@@ -51,7 +52,8 @@ WHERE c.contype = 'f' AND c.conparentid = 0
 ORDER BY 1 DESC, 2, 3`
 
 // ForeignKeys finds the foreign keys that are not Usher's: on its tables, which are Fatal, since an event about a row may come before that
-// about the row that it references, and on others that reference its tables. None for SQLite, where a table that exists gets none.
+// about the row that it references, and on others that reference its tables. None for SQLite, where a table that exists gets none,
+// and for a user who may not read pg_constraint.
 func ForeignKeys(ctx context.Context, db *gorm.DB) ([]ForeignKey, error) {
 	d, ok := db.Dialector.(pgDialector)
 	if !ok {
@@ -66,6 +68,10 @@ func ForeignKeys(ctx context.Context, db *gorm.DB) ([]ForeignKey, error) {
 		return nil, fmt.Errorf("look for foreign keys: %w", err)
 	}
 	rows, err := pool.QueryContext(ctx, foreignKeys, d.schema, tables)
+	var pg *pgconn.PgError
+	if errors.As(err, &pg) && pg.Code == "42501" {
+		return nil, nil // what only looks keeps nothing from working
+	}
 	if err != nil {
 		return nil, fmt.Errorf("look for foreign keys: %w", err)
 	}

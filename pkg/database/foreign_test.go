@@ -65,6 +65,18 @@ func TestForeignKeysOfOthersAreFoundAndNamed(t *testing.T) {
 	assert.Empty(t, found)
 }
 
+// TestForeignKeysThatCannotBeLookedAtKeepNothingFromWorking is a server that shows its catalogues to administrators only.
+func TestForeignKeysThatCannotBeLookedAtKeepNothingFromWorking(t *testing.T) {
+	t.Parallel()
+	admin, _, db := withRole(t)
+	require.NoError(t, admin.Exec("REVOKE SELECT ON pg_constraint FROM PUBLIC").Error)
+	found, err := database.ForeignKeys(t.Context(), db)
+	require.NoError(t, err)
+	assert.Empty(t, found)
+	_, err = database.Warnings(t.Context(), db)
+	require.NoError(t, err)
+}
+
 func TestTableNamesAreThoseOfAMigratedDatabase(t *testing.T) {
 	t.Parallel()
 	names, err := database.TableNames()

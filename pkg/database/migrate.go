@@ -143,19 +143,25 @@ func up(ctx context.Context, provider *goose.Provider) ([]string, error) {
 	return applied, nil
 }
 
-// createSchema asks first, since CREATE SCHEMA IF NOT EXISTS wants the right to create even where nothing is to be created.
+// createSchema asks first, since CREATE SCHEMA IF NOT EXISTS wants the right to create even where nothing is to be created. A schema in which
+// the user may not create tables is [ErrAuth].
 func createSchema(ctx context.Context, pool *sql.DB, schema string) error {
 	tx, err := lockSchema(ctx, pool)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = tx.Rollback() }()
-	var exists bool
-	if err := tx.QueryRowContext(ctx, "SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = $1)", schema).Scan(&exists); err != nil {
-		return fmt.Errorf("create schema: %w", err)
-	}
-	if exists {
+	var user, owner string
+	var mayUse bool
+	err = tx.QueryRowContext(ctx, `SELECT current_user, pg_get_userbyid(nspowner), has_schema_privilege(oid, 'USAGE') AND has_schema_privilege(oid, 'CREATE')
+		FROM pg_namespace WHERE nspname = $1`, schema).Scan(&user, &owner, &mayUse)
+	switch {
+	case err == nil && mayUse:
 		return nil
+	case err == nil: // the server would speak of a table that does not exist
+		return fmt.Errorf("migrate database: schema %s belongs to user %q, and %q may not create tables in it: connect as %[2]q, or make %[3]q the owner of the schema, its tables and views (%[4]w)", schema, owner, user, ErrAuth)
+	case !errors.Is(err, sql.ErrNoRows):
+		return fmt.Errorf("create schema: %w", err)
 	}
 	_, err = tx.ExecContext(ctx, "CREATE SCHEMA "+pgx.Identifier{schema}.Sanitize())
 	if err == nil {
