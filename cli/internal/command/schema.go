@@ -66,12 +66,17 @@ type schemaPrinter struct {
 	tables    []string // all of Usher's
 }
 
+// prefixRE is what names of models in Prisma begin with.
+var prefixRE = regexp.MustCompile(`^[A-Za-z][A-Za-z0-9_]*$`)
+
 func (s *schemaPrinter) print(format, dialect string) (string, error) {
 	switch {
 	case dialect != "postgres" && dialect != "sqlite":
 		return "", fmt.Errorf("--dialect %s: want postgres or sqlite", dialect)
 	case s.sqlite && format != "sql":
 		return "", fmt.Errorf("%s: models are of PostgreSQL only; for SQLite `usher schema sql --dialect sqlite` prints the tables", format)
+	case s.prefix != "" && !prefixRE.MatchString(s.prefix):
+		return "", fmt.Errorf("--prefix %q: want a letter, and after it letters, digits and _, such as Clerk", s.prefix)
 	case len(s.fields) > 0 && format != "prisma":
 		return "", errors.New("--field: only prisma takes it")
 	}
@@ -234,10 +239,13 @@ const prismaHead = `// Clerk's objects as Usher keeps them. Printed by ` + "`ush
 //
 //   import { readFileSync } from "node:fs";
 //
+//   const usher = readFileSync("prisma/usher.prisma", "utf8").match(/(?<=^\/\/ external: ).+$/gm);
+//   if (!usher) throw new Error("prisma/usher.prisma names no tables: print it again with ` + "`usher schema prisma`" + `");
+//
 //   export default defineConfig({
 //     schema: "prisma", // the folder
 //     experimental: { externalTables: true },
-//     tables: { external: readFileSync("prisma/usher.prisma", "utf8").match(/(?<=^\/\/ external: ).+$/gm) ?? [] },
+//     tables: { external: usher },
 //     …
 //   });
 //

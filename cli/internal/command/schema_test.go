@@ -137,6 +137,7 @@ func TestSchemaRefusesWhatItCannotPrint(t *testing.T) {
 		"want postgres or sqlite":             {"sql", "--dialect", "mysql"},
 		`"typeorm" is not prisma`:             {"typeorm"},
 		"only prisma takes it":                {"drizzle", "--field", "LiveUser: posts Post[]"},
+		"--prefix \"2\": want a letter":       {"prisma", "--prefix", "2"},
 		"want MODEL: FIELD with a model that": {"prisma", "--field", "Post: user LiveUser"},
 		"accepts 1 arg(s)":                    {},
 	} {
