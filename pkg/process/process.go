@@ -29,6 +29,7 @@ import (
 	"github.com/usherhq/usher/pkg/config"
 	"github.com/usherhq/usher/pkg/lifecycle"
 	"github.com/usherhq/usher/pkg/observe"
+	"github.com/usherhq/usher/pkg/redact"
 	"github.com/usherhq/usher/pkg/stream"
 )
 
@@ -48,6 +49,8 @@ type Program struct {
 	// OpsAddr is where operations listen where USHER_OPS_ADDR is not set: each service has a port of its own, so that all of them run on
 	// one machine. "" is the setting's default.
 	OpsAddr string
+	// Database says that the service uses one: the log of the start then names it, and where it comes from.
+	Database bool
 	// Check looks for what is wrong with the service's own settings and opens nothing; nil: they have no rules of their
 	// own. Of a config.Problems every line is reported. It is asked also where other settings are wrong, which
 	// then have their defaults.
@@ -128,6 +131,7 @@ func Run(ctx context.Context, environ config.Environ, stderr io.Writer, program 
 		log.Warn(warning, zap.String("service", program.Name))
 	}
 	p := &Process{Settings: settings, Log: log, Registry: observe.NewRegistry(), Health: &observe.Health{}, name: program.Name}
+	log.Info("starting", p.parts(program.Database)...)
 	if err := p.run(ctx, program.Start); err != nil {
 		log.Error(program.Name+" failed", zap.String("service", program.Name), zap.Error(err))
 		var wrong interface{ WrongSettings() bool } // as a database that cannot be used as it is
@@ -137,6 +141,16 @@ func Run(ctx context.Context, environ config.Environ, stderr io.Writer, program 
 		return Failed
 	}
 	return Stopped
+}
+
+// parts are what the process works with, for the log. A database that was not set is SQLite in the data folder, and would else be noticed late.
+func (p *Process) parts(withDatabase bool) []zap.Field {
+	fields := []zap.Field{zap.String("service", p.name), zap.String("broker", redact.URL(p.Settings.NATSURL))}
+	if withDatabase {
+		fields = append(fields, zap.String("database", redact.URL(p.Settings.DatabaseURL)),
+			zap.String("database_setting", p.Settings.Origin("USHER_DATABASE_URL")), zap.String("schema", p.Settings.DatabaseSchema))
+	}
+	return fields
 }
 
 func (p *Process) run(ctx context.Context, start func(context.Context, *Process) (lifecycle.Service, error)) (err error) {

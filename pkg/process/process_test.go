@@ -28,7 +28,9 @@ import (
 
 func TestMain(m *testing.M) {
 	if os.Getenv("PROCESS_CHILD") != "" {
-		process.Main(program(nil))
+		child := program(nil)
+		child.Database = true
+		process.Main(child)
 	}
 	goleak.VerifyTestMain(m)
 }
@@ -366,7 +368,8 @@ func TestSignalsStopTheProcessWith0(t *testing.T) {
 			t.Parallel()
 			ops := freeAddr(t)
 			child := exec.CommandContext(t.Context(), os.Args[0])
-			child.Env = environ("PROCESS_CHILD=1", "USHER_NATS_URL="+broker.URL(), "USHER_OPS_ADDR="+ops, "USHER_LOG_LEVEL=info", "USHER_LOG_FORMAT=json")
+			child.Env = environ("PROCESS_CHILD=1", "USHER_NATS_URL="+strings.Replace(broker.URL(), "://", "://usher:hidden@", 1), "USHER_OPS_ADDR="+ops,
+				"USHER_LOG_LEVEL=info", "USHER_LOG_FORMAT=json")
 			var stderr bytes.Buffer
 			child.Stderr = &stderr
 			require.NoError(t, child.Start())
@@ -374,6 +377,8 @@ func TestSignalsStopTheProcessWith0(t *testing.T) {
 			require.NoError(t, child.Process.Signal(sig))
 			require.NoError(t, child.Wait(), stderr.String())
 			assert.Contains(t, stderr.String(), `"addr":"`+ops+`"`)
+			assert.Contains(t, stderr.String(), `"database":"sqlite:usher-data/usher.db","database_setting":"default"`, "what nobody set is named")
+			assert.NotContains(t, stderr.String(), "hidden")
 		})
 	}
 }

@@ -162,9 +162,9 @@ func (r *reach) source(name string) (clerk.Source, error) {
 		return source, nil
 	}
 	if name != r.settings.Source {
-		return source, fmt.Errorf("USHER_SOURCE_%s_SECRET_KEY is not set: without the key of Clerk's Backend API nothing can be compared", strings.ToUpper(name))
+		return source, fmt.Errorf("USHER_SOURCE_%s_SECRET_KEY is not set: Clerk's Backend API wants the secret key (sk_…), from Clerk's dashboard, API keys", strings.ToUpper(name))
 	}
-	return source, errors.New("CLERK_SECRET_KEY is not set: without the key of Clerk's Backend API nothing can be compared (Clerk's dashboard, API keys)")
+	return source, errors.New("CLERK_SECRET_KEY is not set: Clerk's Backend API wants the secret key (sk_…), from Clerk's dashboard, API keys")
 }
 
 // printReport prints what a sweep found.

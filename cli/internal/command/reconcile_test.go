@@ -88,8 +88,8 @@ func TestDriftIsFoundAndHealed(t *testing.T) {
 func TestWithoutAKeyNothingCanBeCompared(t *testing.T) {
 	t.Parallel()
 	h := newHarness(t)
-	for _, command := range []string{"verify", "reconcile", "backfill"} {
-		assert.Contains(t, h.Run(command).want(exitUsage).err, "CLERK_SECRET_KEY is not set")
+	for _, command := range []string{"verify", "reconcile", "backfill", "portal"} {
+		assert.Contains(t, h.Run(command).want(exitUsage).err, "CLERK_SECRET_KEY is not set: Clerk's Backend API wants the secret key (sk_…)")
 	}
 	assert.Contains(t, h.Run("verify", "--resource", "sessions").want(exitUsage).err, "--resource sessions: want users")
 	assert.Contains(t, h.with("CLERK_SECRET_KEY=pk_live_x").Run("verify").want(exitUsage).err, "publishable")

@@ -19,8 +19,8 @@ func (c *cli) verify() *cobra.Command {
 			"columns of a row are held against its raw. What differs is looked at again, up to three times with a pause, and what\n" +
 			"has an event on its way is not drift: a busy minute is no failure. What belongs to a feature that is not enabled\n" +
 			"in the instance, such as organizations, is left out. Invitations to organizations that Clerk's lists leave out cannot\n" +
-			"be checked, nor can sessions and billing, which no list has: not_compared names those tables, and why. A row that is newer than its object and has other content is reported as different, and\n" +
-			"held back: no event could change it.\n\n" +
+			"be checked, nor can sessions and billing, which no list has: not_compared names those tables, and why. A row that is newer than its\n" +
+			"object and has other content is reported as different, and held back: no event could change it.\n\n" +
 			"Exit code 0: the mirror is true. 1: there is drift. 2: it could not check.",
 		Example: "  usher verify\n  usher verify --resource users --output json | jq '.items[]'",
 		Args:    cobra.NoArgs,

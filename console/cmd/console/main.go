@@ -14,11 +14,12 @@ import (
 )
 
 var program = process.Program{
-	Name:    console.Name,
-	Short:   "console serves the pages and the API of operators, and `ensure` for applications.",
-	OpsAddr: "127.0.0.1:8085",
-	Check:   func(s *config.Settings) error { return console.ConfigFrom(s).Validate() },
-	Start:   start,
+	Name:     console.Name,
+	Short:    "console serves the pages and the API of operators, and `ensure` for applications.",
+	OpsAddr:  "127.0.0.1:8085",
+	Database: true,
+	Check:    func(s *config.Settings) error { return console.ConfigFrom(s).Validate() },
+	Start:    start,
 }
 
 func main() { process.Main(program) }

@@ -15,10 +15,11 @@ import (
 )
 
 var program = process.Program{
-	Name:    reconciler.Name,
-	Short:   "reconciler compares Clerk's API with the mirror, publishes events for what was missed, and notices when no webhook comes.",
-	OpsAddr: "127.0.0.1:8084",
-	Start:   start,
+	Name:     reconciler.Name,
+	Short:    "reconciler compares Clerk's API with the mirror, publishes events for what was missed, and notices when no webhook comes.",
+	OpsAddr:  "127.0.0.1:8084",
+	Database: true,
+	Start:    start,
 }
 
 func main() { process.Main(program) }

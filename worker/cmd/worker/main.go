@@ -14,11 +14,12 @@ import (
 )
 
 var program = process.Program{
-	Name:    "worker",
-	Short:   "worker applies the events of the stream to the database.",
-	OpsAddr: "127.0.0.1:8083",
-	Check:   func(s *config.Settings) error { return worker.ConfigFrom(s).Validate() },
-	Start:   start,
+	Name:     "worker",
+	Short:    "worker applies the events of the stream to the database.",
+	OpsAddr:  "127.0.0.1:8083",
+	Database: true,
+	Check:    func(s *config.Settings) error { return worker.ConfigFrom(s).Validate() },
+	Start:    start,
 }
 
 func main() { process.Main(program) }
