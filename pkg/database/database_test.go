@@ -258,12 +258,10 @@ func TestMigrateNeedsNoRightToCreateAnExistingSchema(t *testing.T) {
 	require.NoError(t, admin.Exec("CREATE SCHEMA usher").Error)
 	var owner string
 	require.NoError(t, admin.Raw("SELECT current_user").Scan(&owner).Error)
-	for _, grant := range []string{"SELECT 1", "GRANT USAGE ON SCHEMA usher TO " + role} {
-		require.NoError(t, admin.Exec(grant).Error)
-		_, err = database.Migrate(t.Context(), db)
-		require.ErrorIs(t, err, database.ErrAuth)
-		require.ErrorContains(t, err, fmt.Sprintf("schema usher belongs to user %q, and %q may not create tables in it", owner, role))
-	}
+	require.NoError(t, admin.Exec("GRANT USAGE ON SCHEMA usher TO "+role).Error)
+	_, err = database.Migrate(t.Context(), db)
+	require.ErrorIs(t, err, database.ErrAuth)
+	require.ErrorContains(t, err, fmt.Sprintf("schema usher belongs to user %q, and %q may not create tables in it", owner, role))
 	require.NoError(t, admin.Exec("ALTER SCHEMA usher OWNER TO "+role).Error)
 	_, err = database.Migrate(t.Context(), db)
 	require.NoError(t, err)

@@ -152,11 +152,11 @@ func createSchema(ctx context.Context, pool *sql.DB, schema string) error {
 	}
 	defer func() { _ = tx.Rollback() }()
 	var user, owner string
-	var mayUse bool
-	err = tx.QueryRowContext(ctx, `SELECT current_user, pg_get_userbyid(nspowner), has_schema_privilege(oid, 'USAGE') AND has_schema_privilege(oid, 'CREATE')
-		FROM pg_namespace WHERE nspname = $1`, schema).Scan(&user, &owner, &mayUse)
+	var mayCreate bool
+	err = tx.QueryRowContext(ctx, `SELECT current_user, pg_get_userbyid(nspowner), has_schema_privilege(oid, 'CREATE')
+		FROM pg_namespace WHERE nspname = $1`, schema).Scan(&user, &owner, &mayCreate)
 	switch {
-	case err == nil && mayUse:
+	case err == nil && mayCreate:
 		return nil
 	case err == nil: // the server would speak of a table that does not exist
 		return fmt.Errorf("migrate database: schema %s belongs to user %q, and %q may not create tables in it: connect as %[2]q, or make %[3]q the owner of the schema, its tables and views (%[4]w)", schema, owner, user, ErrAuth)
