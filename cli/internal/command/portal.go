@@ -35,7 +35,7 @@ func (c *cli) portal() *cobra.Command {
 			defer client.Close()
 			link, err := client.RefreshPortalURL(cmd.Context())
 			if err != nil {
-				return err
+				return advise(err, r.settings)
 			}
 			if _, err := fmt.Fprintln(c.env.Stdout, link); err != nil {
 				return fmt.Errorf("print the link: %w", err)

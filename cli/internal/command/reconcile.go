@@ -17,6 +17,7 @@ import (
 	"github.com/usherhq/usher/pkg/clerk"
 	"github.com/usherhq/usher/pkg/config"
 	"github.com/usherhq/usher/pkg/mirror"
+	"github.com/usherhq/usher/pkg/redact"
 	"github.com/usherhq/usher/pkg/stream"
 	"github.com/usherhq/usher/reconciler"
 )
@@ -88,7 +89,7 @@ func (c *cli) runReconcile(ctx context.Context, o reconcileOptions, opts reconci
 	}
 	switch {
 	case err != nil:
-		return err
+		return advise(err, r.settings)
 	case report.Stopped != "", opts.DryRun && report.Drift.Sum() > 0, report.HeldBack.Sum() > 0:
 		return errNo
 	}
@@ -165,6 +166,18 @@ func (r *reach) source(name string) (clerk.Source, error) {
 		return source, fmt.Errorf("USHER_SOURCE_%s_SECRET_KEY is not set: Clerk's Backend API wants the secret key (sk_…), from Clerk's dashboard, API keys", strings.ToUpper(name))
 	}
 	return source, errors.New("CLERK_SECRET_KEY is not set: Clerk's Backend API wants the secret key (sk_…), from Clerk's dashboard, API keys")
+}
+
+// advise adds to an error of Clerk's API what to do about it.
+func advise(err error, s *config.Settings) error {
+	switch {
+	case errors.Is(err, clerk.ErrUnauthorized):
+		return fmt.Errorf("%w: Clerk refuses the secret key: check CLERK_SECRET_KEY, or USHER_SOURCE_<NAME>_SECRET_KEY of another source", err)
+	case errors.Is(err, clerk.ErrUnavailable):
+		return fmt.Errorf("%w: Clerk's API (%s) does not answer: check the network and CLERK_API_URL, or try again later", err, redact.URL(s.ClerkAPIURL))
+	default:
+		return err
+	}
 }
 
 // printReport prints what a sweep found.

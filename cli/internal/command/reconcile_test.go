@@ -85,6 +85,19 @@ func TestDriftIsFoundAndHealed(t *testing.T) {
 	})
 }
 
+func TestWhatClerksAPIRefusesSaysWhatToDo(t *testing.T) {
+	t.Parallel()
+	clerk := httptest.NewServer(emulator.New(emulator.Config{}).API(emulator.APIConfig{Key: "sk_live_right"}))
+	t.Cleanup(clerk.Close)
+	r := newRoad(t, "sqlite:"+filepath.Join(t.TempDir(), "usher.db"))
+	wrong := r.with("CLERK_API_URL="+clerk.URL, "CLERK_SECRET_KEY=sk_live_wrong")
+	for _, command := range []string{"verify", "reconcile", "portal"} {
+		assert.Contains(t, wrong.Run(command).want(exitUsage).err, "check CLERK_SECRET_KEY", command)
+	}
+	assert.Contains(t, r.with("CLERK_API_URL=http://127.0.0.1:1", "CLERK_SECRET_KEY=sk_live_right").Run("portal").want(exitUsage).err,
+		"Clerk's API (http://127.0.0.1:1) does not answer: check the network and CLERK_API_URL")
+}
+
 func TestWithoutAKeyNothingCanBeCompared(t *testing.T) {
 	t.Parallel()
 	h := newHarness(t)

@@ -46,7 +46,7 @@ func (c *cli) runVerify(ctx context.Context, o reconcileOptions) error {
 	}
 	switch {
 	case err != nil:
-		return err
+		return advise(err, r.settings)
 	case report.Stopped != "":
 		return fmt.Errorf("could not check: %s", report.Stopped)
 	case report.Drift.Sum() > 0:
