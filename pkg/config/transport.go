@@ -48,7 +48,7 @@ func (s *Settings) checkTLS() Problems {
 // clearText names the connections to other machines that show a secret to whoever listens on the way.
 func (s *Settings) clearText() []string {
 	var warnings []string
-	if hosts := exposedHosts(s.NATSURL, "nats", "ws"); hosts != "" && s.NATSCA == "" && s.NATSCert == "" {
+	if hosts := exposedHosts(strings.Split(s.NATSURL, ","), "nats", "ws"); hosts != "" && s.NATSCA == "" && s.NATSCert == "" {
 		what := "events"
 		if s.NATSCreds != "" || redact.HasPassword(s.NATSURL) {
 			what = "the login and events"
@@ -57,25 +57,25 @@ func (s *Settings) clearText() []string {
 			"write tls:// (wss:// for ws://), and name the authority of its certificate in USHER_NATS_CA where it is your own", what, hosts))
 	}
 	for address := range strings.SplitSeq(s.NATSMonitorURL, ",") {
-		if host := exposedHosts(address, "http"); host != "" && redact.HasPassword(address) {
+		if host := exposedHosts([]string{address}, "http"); host != "" && redact.HasPassword(address) {
 			warnings = append(warnings, "USHER_NATS_MONITOR_URL: its password reaches "+host+" in clear text: write https://")
 		}
 	}
 	hasKey := slices.ContainsFunc(s.Sources, func(src Source) bool { return src.SecretKey != "" })
-	if host := exposedHosts(s.ClerkAPIURL, "http"); host != "" && hasKey {
+	if host := exposedHosts([]string{s.ClerkAPIURL}, "http"); host != "" && hasKey {
 		warnings = append(warnings, "CLERK_API_URL: the secret key reaches "+host+" in clear text: write https://")
 	}
-	if host := exposedHosts(s.SlackWebhookURL, "http"); host != "" {
+	if host := exposedHosts([]string{s.SlackWebhookURL}, "http"); host != "" {
 		warnings = append(warnings, "USHER_SLACK_WEBHOOK_URL: the webhook, which is a secret, reaches "+host+" in clear text: write https://")
 	}
 	return warnings
 }
 
-// exposedHosts are the hosts of a list of URLs, with commas between, that are other machines and are spoken to by one of the schemes, the first
+// exposedHosts are the hosts of URLs, with commas between, that are other machines and are spoken to by one of the schemes, the first
 // of which is that of an address without one.
-func exposedHosts(list string, schemes ...string) string {
+func exposedHosts(addresses []string, schemes ...string) string {
 	var hosts []string
-	for address := range strings.SplitSeq(list, ",") {
+	for _, address := range addresses {
 		if address = strings.TrimSpace(address); address == "" {
 			continue
 		}

@@ -62,10 +62,12 @@ func URL(value string) string {
 		return value
 	}
 	var shown, users []string
-	for _, entry := range list(value) {
+	entries := list(value)
+	for _, entry := range entries {
 		p := split(strings.TrimSpace(entry))
 		text, ok := p.mask()
-		if !ok {
+		// A comma behind a parameter may be part of its value.
+		if !ok || len(entries) > 1 && strings.Contains(p.tail, "?") {
 			return Masked
 		}
 		shown, users = append(shown, text), append(users, p.userinfo)
