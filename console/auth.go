@@ -360,7 +360,12 @@ func madeToken(dir string, log *zap.Logger) (token string, fresh bool, err error
 	if err := config.CheckToken(token); err != nil {
 		return "", false, fmt.Errorf("read the admin token: %s %w: delete the file, and a new one is made", path, err)
 	}
-	if info, err := os.Stat(path); err == nil && info.Mode().Perm()&0o077 != 0 {
+	info, err := os.Stat(path)
+	switch {
+	case err != nil || !config.HasModes:
+	case config.Foreign(info), info.Mode().Perm()&0o002 != 0: // they chose the token, perhaps before Usher was here
+		return "", false, fmt.Errorf("read the admin token: another user of this machine can have written %s: delete the file, and a new one is made", path)
+	case info.Mode().Perm()&0o077 != 0:
 		log.Warn("others on this machine can read the admin token: delete the file and restart, and a new one is made", zap.String("file", path), zap.String("mode", info.Mode().Perm().String()))
 	}
 	return token, false, nil

@@ -19,6 +19,7 @@ import (
 	"go.uber.org/zap/zaptest/observer"
 
 	"github.com/usherhq/usher/console"
+	"github.com/usherhq/usher/pkg/config"
 	"github.com/usherhq/usher/pkg/natstest"
 	"github.com/usherhq/usher/pkg/observe"
 	"github.com/usherhq/usher/pkg/stream"
@@ -295,6 +296,23 @@ func TestTokenIsMadeWhereNoneIsSet(t *testing.T) {
 	assert.Equal(t, made, again)
 	assert.False(t, fresh, "it is shown once")
 
+	t.Run("AnotherUserMayHaveChosenIt", func(t *testing.T) {
+		refused := func() {
+			_, err := open()
+			require.ErrorContains(t, err, "another user of this machine can have written "+path)
+			assert.NotContains(t, err.Error(), made)
+		}
+		if config.HasModes {
+			require.NoError(t, os.Chmod(path, 0o602))
+			refused()
+			require.NoError(t, os.Chmod(path, 0o600))
+		}
+		if os.Geteuid() == 0 { // who alone can give a file away
+			require.NoError(t, os.Chown(path, 4711, 4711))
+			refused()
+			require.NoError(t, os.Chown(path, 0, 0))
+		}
+	})
 	require.NoError(t, os.WriteFile(path, []byte("short\n"), 0o600))
 	_, err = open()
 	require.ErrorContains(t, err, "delete the file")
