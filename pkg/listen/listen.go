@@ -340,8 +340,12 @@ func Remote(r *http.Request, trusted []netip.Prefix) string {
 	entries := strings.Split(strings.Join(r.Header.Values("X-Forwarded-For"), ","), ",")
 	for i := len(entries) - 1; i >= 0 && contains(trusted, remote); i-- {
 		next, err := netip.ParseAddr(strings.TrimSpace(entries[i]))
-		if err != nil {
-			break
+		if err != nil { // some proxies name the port too
+			at, err := netip.ParseAddrPort(strings.TrimSpace(entries[i]))
+			if err != nil {
+				break
+			}
+			next = at.Addr()
 		}
 		remote = next.Unmap().WithZone("")
 	}
