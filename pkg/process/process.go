@@ -148,7 +148,10 @@ func (p *Process) parts(withDatabase bool) []zap.Field {
 	fields := []zap.Field{zap.String("service", p.name), zap.String("broker", redact.URL(p.Settings.NATSURL))}
 	if withDatabase {
 		fields = append(fields, zap.String("database", redact.URL(p.Settings.DatabaseURL)),
-			zap.String("database_setting", p.Settings.Origin("USHER_DATABASE_URL")), zap.String("schema", p.Settings.DatabaseSchema))
+			zap.String("database_setting", p.Settings.Origin("USHER_DATABASE_URL")))
+		if !strings.HasPrefix(p.Settings.DatabaseURL, "sqlite:") {
+			fields = append(fields, zap.String("schema", p.Settings.DatabaseSchema))
+		}
 	}
 	return fields
 }

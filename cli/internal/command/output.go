@@ -172,7 +172,7 @@ type validUTF8 struct{ w io.Writer }
 // Write implements io.Writer for whole values, as an encoder writes them.
 func (v validUTF8) Write(p []byte) (int, error) {
 	_, err := v.w.Write(bytes.ToValidUTF8(p, []byte("\uFFFD")))
-	return len(p), err //nolint:wrapcheck // transparent
+	return len(p), err
 }
 
 // table aligns columns.
