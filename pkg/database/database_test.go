@@ -267,6 +267,18 @@ func TestMigrateNeedsNoRightToCreateAnExistingSchema(t *testing.T) {
 	require.NoError(t, err)
 }
 
+// TestMigrateNamesTablesOfAnotherUser is a set-up by another user than the one who began it.
+func TestMigrateNamesTablesOfAnotherUser(t *testing.T) {
+	t.Parallel()
+	admin, role, db := withRole(t)
+	_, err := database.Migrate(t.Context(), admin)
+	require.NoError(t, err)
+	require.NoError(t, admin.Exec("GRANT USAGE ON SCHEMA usher TO "+role).Error)
+	_, err = database.Migrate(t.Context(), db)
+	require.ErrorIs(t, err, database.ErrAuth)
+	require.ErrorContains(t, err, "GRANT SELECT ON usher.goose_db_version, or for the user who sets up: make it the owner of the schema, its tables and views")
+}
+
 func TestInTxCommitsOrRollsBackAll(t *testing.T) {
 	t.Parallel()
 	dbtest.Each(t, func(t *testing.T, db *gorm.DB) {

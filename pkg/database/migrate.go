@@ -196,6 +196,10 @@ func Pending(ctx context.Context, db *gorm.DB) ([]string, error) {
 		}
 		return pending, nil
 	}
+	var pg *pgconn.PgError
+	if d, ok := db.Dialector.(pgDialector); ok && errors.As(err, &pg) && pg.Code == "42501" {
+		return nil, fmt.Errorf("read schema version: %s: GRANT SELECT ON %s.%s, or for the user who sets up: make it the owner of the schema, its tables and views (%w)", pg.Message, d.schema, versionTable, ErrAuth)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("read schema version: %w", err)
 	}
