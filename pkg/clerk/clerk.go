@@ -324,7 +324,7 @@ func (c *Client) Sessions(ctx context.Context, userID string) ([]Object, error) 
 // Find looks for one object of a resource that has no address of its own by reading the list it must be in: that of its organization,
 // where organizationID is given and the resource belongs to one, else that of the instance. False only where that list was
 // read whole, agreed with its own count and did not have it, or where Clerk says that the organization does not exist. Of what is
-// [Partial] that is no proof.
+// [Partial] that is no proof. For an id that no object of Clerk's can have, since it has other characters than theirs, nothing is asked.
 // It costs a request for each [Config].PageSize objects of the list.
 func (c *Client) Find(ctx context.Context, resource, id, organizationID string) (Object, bool, error) {
 	fail := func(err error) (Object, bool, error) {
@@ -333,6 +333,9 @@ func (c *Client) Find(ctx context.Context, resource, id, organizationID string) 
 	r, err := lookup(resource)
 	if err != nil {
 		return fail(err)
+	}
+	if id != "" && !plausibleID(id) || organizationID != "" && !plausibleID(organizationID) {
+		return Object{}, false, nil
 	}
 	if r.addressable {
 		o, err := c.Get(ctx, resource, id)
@@ -343,9 +346,6 @@ func (c *Client) Find(ctx context.Context, resource, id, organizationID string) 
 	}
 	path := r.path
 	if r.below != "" && organizationID != "" {
-		if !plausibleID(organizationID) {
-			return fail(fmt.Errorf("the organization's id is none: %w", ErrUnreadable))
-		}
 		path = "/organizations/" + organizationID + r.below
 	}
 	objects, err := c.all(ctx, path, url.Values{})

@@ -547,9 +547,15 @@ func TestFindNeedsTheWholeList(t *testing.T) {
 			_, found, err = c.Find(t.Context(), resource, "other_x", organization)
 			require.NoError(t, err)
 			require.False(t, found)
+			_, found, err = c.Find(t.Context(), resource, "no id/of Clerk's", organization)
+			require.NoError(t, err)
+			require.False(t, found)
 			if owner == "" {
 				return
 			}
+			_, found, err = c.Find(t.Context(), resource, some.ID, "no id/of Clerk's")
+			require.NoError(t, err)
+			require.False(t, found)
 			_, found, err = c.Find(t.Context(), resource, some.ID, "org_gone")
 			require.NoError(t, err)
 			require.False(t, found, "Clerk says that the organization does not exist")

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"net/url"
+	"os"
 	"regexp"
 	"slices"
 	"strings"
@@ -169,7 +170,19 @@ func (u *pgURL) invalid(base string, pairs []pair, err error) error {
 			return unusable("%s in %s is not valid%s: correct or remove it", p.name, u.setting, why)
 		}
 	}
-	return unusable("%s is not valid; it looks like postgres://user:password@host:5432/name (special characters of the password as %%XX)", u.setting)
+	beside := ""
+	if set := environment(); set != "" {
+		beside = "; or what of the environment is read with it is not valid: " + set
+	}
+	return unusable("%s is not valid; it looks like postgres://user:password@host:5432/name (special characters of the password as %%XX)%s", u.setting, beside)
+}
+
+// environment names the variables of libpq that are set and can keep a URL from being understood.
+func environment() string {
+	return strings.Join(slices.DeleteFunc([]string{
+		"PGSERVICE", "PGSERVICEFILE", "PGPORT", "PGSSLMODE", "PGSSLNEGOTIATION", "PGSSLROOTCERT", "PGSSLCERT", "PGSSLKEY", "PGCHANNELBINDING", "PGREQUIREAUTH",
+		"PGCONNECT_TIMEOUT", "PGTARGETSESSIONATTRS", "PGMINPROTOCOLVERSION", "PGMAXPROTOCOLVERSION",
+	}, func(name string) bool { return os.Getenv(name) == "" }), ", ")
 }
 
 // ignoredNotice is what to tell of the parameters that were left out, "" where there were none.

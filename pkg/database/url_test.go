@@ -289,3 +289,12 @@ func TestOnlyNotNowIsWaitedFor(t *testing.T) {
 		require.ErrorContains(t, told, "DATABASE_URL")
 	}
 }
+
+func TestTheEnvironmentOfLibpqIsNamedWhereItIsWrong(t *testing.T) {
+	t.Setenv("PGSSLMODE", "sometimes")
+	_, err := database.Open(t.Context(), "postgres://me@127.0.0.1:1/app", "usher", "DATABASE_URL")
+	require.ErrorIs(t, err, database.ErrUnusable)
+	require.ErrorContains(t, err, "PGSSLMODE")
+	_, err = database.Open(t.Context(), "postgres://me@127.0.0.1:1/app?sslmode=disable", "usher", "DATABASE_URL")
+	require.ErrorIs(t, err, database.ErrUnreachable, "the URL comes first")
+}

@@ -101,6 +101,14 @@ func (c *Clerk) keep(name, id string, updated, deleted int64, data []byte) {
 	}
 	t.changes++
 	o.JSON, o.UpdatedAt, o.DeletedAt = data, cmp.Or(updated, o.UpdatedAt), deleted
+	if created := gjson.GetBytes(data, "created_at"); deleted == 0 && created.Exists() && created.Int() != o.CreatedAt { // made once more, under the same id
+		if at := t.place(o); at < len(t.alive) {
+			t.alive = slices.Delete(t.alive, at, at+1)
+		}
+		o.CreatedAt = created.Int()
+		at, _ := slices.BinarySearchFunc(t.alive, o.CreatedAt+1, byCreation)
+		t.alive = slices.Insert(t.alive, at, o)
+	}
 }
 
 // bury takes an object from those that live.

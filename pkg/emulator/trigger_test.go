@@ -160,3 +160,23 @@ func TestAnImpossibleObjectIsNotKept(t *testing.T) {
 		assert.False(t, ok, what)
 	}
 }
+
+func TestAnObjectThatIsMadeOnceMoreIsListedByItsNewTime(t *testing.T) {
+	t.Parallel()
+	c := emulator.New(emulator.Config{})
+	again := emulator.Wish{Type: "user.created", Set: []fixture.PathValue{fixture.Set("data.id", "user_again")}}
+	_, _ = trigger(t, c, again)
+	_, _ = trigger(t, c, emulator.Wish{Type: "user.created"})
+	_, _ = trigger(t, c, again)
+	var last int64
+	var ids []string
+	for o := range c.Objects("users") {
+		created := gjson.GetBytes(o.JSON, "created_at").Int()
+		assert.Equal(t, created, o.CreatedAt)
+		last = max(last, created)
+		ids = append(ids, o.ID)
+	}
+	assert.Len(t, ids, 2)
+	newest, _ := c.Object("users", "user_again")
+	assert.Equal(t, last, newest.CreatedAt)
+}
