@@ -209,11 +209,13 @@ func (c *cli) printReport(o output, report *reconciler.Report, dryRun, publishes
 		return fmt.Errorf("print: %w", err)
 	}
 	d := report.Drift
-	_, _ = fmt.Fprintf(w, "\nmissing %d, stale %d, different %d, extra %d", d.Missing, d.Stale, d.Different, d.Extra)
-	if publishes {
-		_, _ = fmt.Fprintf(w, "; published %d", report.Published)
+	if len(report.Checked) > 0 { // no drift of what was not looked at
+		_, _ = fmt.Fprintf(w, "\nmissing %d, stale %d, different %d, extra %d", d.Missing, d.Stale, d.Different, d.Extra)
+		if publishes {
+			_, _ = fmt.Fprintf(w, "; published %d", report.Published)
+		}
+		_, _ = fmt.Fprintln(w)
 	}
-	_, _ = fmt.Fprintln(w)
 	if n := report.HeldBack.ByDelete; n > 0 {
 		_, _ = fmt.Fprintf(w, "%d %s held back by a newer delete here: it comes back with its next change at Clerk\n", n, isOrAre(n))
 	}

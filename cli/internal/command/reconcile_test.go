@@ -92,7 +92,9 @@ func TestWhatClerksAPIRefusesSaysWhatToDo(t *testing.T) {
 	r := newRoad(t, "sqlite:"+filepath.Join(t.TempDir(), "usher.db"))
 	wrong := r.with("CLERK_API_URL="+clerk.URL, "CLERK_SECRET_KEY=sk_live_wrong")
 	for _, command := range []string{"verify", "reconcile", "portal"} {
-		assert.Contains(t, wrong.Run(command).want(exitUsage).err, "check CLERK_SECRET_KEY", command)
+		result := wrong.Run(command).want(exitUsage)
+		assert.Contains(t, result.err, "check CLERK_SECRET_KEY", command)
+		assert.NotContains(t, result.out, "missing 0", command)
 	}
 	assert.Contains(t, r.with("CLERK_API_URL=http://127.0.0.1:1", "CLERK_SECRET_KEY=sk_live_right").Run("portal").want(exitUsage).err,
 		"Clerk's API (http://127.0.0.1:1) does not answer: check the network and CLERK_API_URL")
