@@ -7,6 +7,7 @@ import (
 	"io"
 	mathrand "math/rand/v2"
 	"net/http"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -100,10 +101,12 @@ func (t *trigger) announce(body []byte) {
 	c.keep(name, id, data.Get("updated_at").Int(), deletedAt, []byte(data.Raw))
 }
 
+var idRE = regexp.MustCompile(`^[\w-]+$`)
+
 // possible reports whether an object is text, with an id and times of the types that Clerk has there.
 func possible(data gjson.Result) bool {
 	updated := data.Get("updated_at")
-	return utf8.ValidString(data.Raw) && data.Get("id").Type == gjson.String && data.Get("created_at").Type == gjson.Number && (updated.Type == gjson.Number || !updated.Exists())
+	return utf8.ValidString(data.Raw) && data.Get("id").Type == gjson.String && idRE.MatchString(data.Get("id").Str) && data.Get("created_at").Type == gjson.Number && (updated.Type == gjson.Number || !updated.Exists())
 }
 
 // compose makes an envelope without announcing it.

@@ -149,14 +149,17 @@ func TestAnImpossibleObjectIsNotKept(t *testing.T) {
 		require.True(t, ok)
 		assert.JSONEq(t, ada.Raw, string(kept.JSON), set.Path)
 	}
-	_, ok := c.Object("users", "5")
-	assert.False(t, ok)
+	_, _ = trigger(t, c, emulator.Wish{Type: "user.created", Set: []fixture.PathValue{fixture.Set("data.id", "ada lovelace")}})
+	for _, id := range []string{"5", "ada lovelace"} {
+		_, ok := c.Object("users", id)
+		assert.False(t, ok, id)
+	}
 	for what, body := range map[string]string{
 		"made at no time": `{"type":"user.created","data":{"id":"user_x","object":"user","updated_at":1760000000000}}`,
 		"no text":         `{"type":"user.created","data":{"id":"user_x","object":"user","created_at":1,"updated_at":1,"first_name":"` + "\xff" + `"}}`,
 	} {
 		_, _ = trigger(t, c, emulator.Wish{Body: []byte(body)})
-		_, ok = c.Object("users", "user_x")
+		_, ok := c.Object("users", "user_x")
 		assert.False(t, ok, what)
 	}
 }
