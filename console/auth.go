@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"html/template"
 	"io/fs"
+	"maps"
 	"net"
 	"net/http"
 	"net/netip"
@@ -21,6 +22,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -44,6 +46,12 @@ const (
 	wrongEvery = time.Second
 	wrongBurst = 5
 	wrongDelay = 2 * time.Second
+
+	// An address may try this many wrong tokens at once, and one more each triesEvery. Further ones are not looked at, right or wrong: else the
+	// delay would bound nothing, since many can wait at a time. Sessions are no tries: nobody guesses one.
+	triesBurst = 100
+	triesEvery = time.Second
+	triesKept  = 10_000 // addresses
 )
 
 // role is what a caller may do; a higher one includes the lower ones.
@@ -61,6 +69,7 @@ const (
 	refusedWrong     = "wrong"      // a wrong token, or a session that this token did not make
 	refusedCrossSite = "cross_site" // a session, sent by a page of another site
 	refusedForbidden = "forbidden"  // the application's token, where it does not suffice
+	refusedLimited   = "limited"    // a token that was not looked at, after many wrong ones from its address
 )
 
 // access knows the tokens and who has shown one.
@@ -73,6 +82,9 @@ type access struct {
 	refusals   *prometheus.CounterVec
 	trusted    []netip.Prefix // proxies
 	log        *zap.Logger
+
+	mu    sync.Mutex
+	tries map[string]*rate.Limiter // by address
 }
 
 func newAccess(cfg Config, addr net.Addr, deps Deps, log *zap.Logger) *access {
@@ -82,6 +94,7 @@ func newAccess(cfg Config, addr net.Addr, deps Deps, log *zap.Logger) *access {
 		cookie:  "usher_session_" + port, // a browser sends the cookies of a host to all of its ports
 		trusted: cfg.TrustedProxies,
 		wrong:   rate.NewLimiter(rate.Every(wrongEvery), wrongBurst),
+		tries:   map[string]*rate.Limiter{},
 		refusals: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "usher_console_refusals_total", Help: "Requests to the console that were refused for want of a right token, by reason.",
 		}, []string{"reason"}),
@@ -96,7 +109,7 @@ func newAccess(cfg Config, addr net.Addr, deps Deps, log *zap.Logger) *access {
 	if deps.Registerer != nil {
 		deps.Registerer.MustRegister(a.refusals)
 	}
-	for _, reason := range []string{refusedMissing, refusedWrong, refusedCrossSite, refusedForbidden} {
+	for _, reason := range []string{refusedMissing, refusedWrong, refusedCrossSite, refusedForbidden, refusedLimited} {
 		a.refusals.WithLabelValues(reason)
 	}
 	return a
@@ -107,7 +120,7 @@ func (a *access) caller(r *http.Request) (role, string) {
 	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
 	// Another scheme is meant for a proxy that stands before the console.
 	if token = strings.TrimSpace(token); token != "" && strings.EqualFold(scheme, "Bearer") {
-		return a.token(token)
+		return a.try(r, token)
 	}
 	// A program on another port of the host can set one of this name too, which a browser may send first.
 	reason := refusedMissing
@@ -123,6 +136,46 @@ func (a *access) caller(r *http.Request) (role, string) {
 		return anyone, refusedCrossSite
 	}
 	return administrator, ""
+}
+
+// try says whose a token is, unless its address has tried too many wrong ones.
+func (a *access) try(r *http.Request, token string) (role, string) {
+	address := listen.Remote(r, a.trusted)
+	if at, err := netip.ParseAddr(address); err == nil && at.Is6() { // a host has a network of them
+		network, _ := at.Prefix(64)
+		address = network.String()
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	tries := a.tries[address]
+	if tries != nil && tries.Tokens() < 1 {
+		return anyone, refusedLimited
+	}
+	who, reason := a.token(token)
+	if who != anyone {
+		return who, reason
+	}
+	if tries == nil {
+		a.forgetTries()
+		tries = rate.NewLimiter(rate.Every(triesEvery), triesBurst)
+		a.tries[address] = tries
+	}
+	tries.Allow()
+	return who, reason
+}
+
+// forgetTries makes room for another address, under the lock: where an attack comes from very many, by forgetting any one.
+func (a *access) forgetTries() {
+	if len(a.tries) < triesKept {
+		return
+	}
+	maps.DeleteFunc(a.tries, func(_ string, l *rate.Limiter) bool { return l.Tokens() >= triesBurst })
+	for address := range a.tries {
+		if len(a.tries) < triesKept {
+			return
+		}
+		delete(a.tries, address)
+	}
 }
 
 // token says whose a token is. It takes the same time for every one.
@@ -253,6 +306,11 @@ func (c *Console) unauthorized(w http.ResponseWriter, r *http.Request, reason st
 		c.loginForm(w, page)
 		return
 	}
+	if reason == refusedLimited {
+		w.Header().Set("Retry-After", "60")
+		writeError(w, http.StatusTooManyRequests, "too_many_attempts", "too many wrong tokens came from this address: wait a minute; behind a proxy set USHER_TRUSTED_PROXIES")
+		return
+	}
 	message := "send the admin token as Authorization: Bearer …"
 	if reason == refusedCrossSite {
 		message = "a page of another site sent this request: send the admin token as Authorization: Bearer …; a proxy must pass the browser's Host on"
@@ -311,11 +369,14 @@ func (c *Console) login(w http.ResponseWriter, r *http.Request) {
 	}
 	who, reason := anyone, refusedMissing
 	if token != "" {
-		who, reason = c.access.token(token)
+		who, reason = c.access.try(r, token)
 	}
 	if who != administrator {
 		c.access.refused(r, cmp.Or(reason, refusedWrong)) // the application's token opens no page
 		form.Problem = "This is not the admin token."
+		if reason == refusedLimited {
+			form.Problem = "Too many wrong tokens came from your address. Wait a minute."
+		}
 		c.loginForm(w, form)
 		return
 	}

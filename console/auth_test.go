@@ -2,12 +2,16 @@ package console_test
 
 import (
 	"context"
+	"fmt"
 	"net/http"
 	"net/http/cookiejar"
+	"net/netip"
 	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -81,7 +85,7 @@ func TestWrongTokensAreSlowedCountedAndLogged(t *testing.T) {
 	registry := prometheus.NewRegistry()
 	r := start(t, broker, console.Config{}, console.Deps{Registerer: registry, Log: zap.New(core)})
 	refusals := func(reason string) float64 { return value(t, registry, "usher_console_refusals_total", reason) }
-	for _, reason := range []string{"missing", "wrong", "cross_site", "forbidden"} {
+	for _, reason := range []string{"missing", "wrong", "cross_site", "forbidden", "limited"} {
 		assert.Zero(t, refusals(reason), "it is there from the start")
 	}
 	began := time.Now()
@@ -100,6 +104,34 @@ func TestWrongTokensAreSlowedCountedAndLogged(t *testing.T) {
 		}
 	}
 	assert.Equal(t, http.StatusOK, r.do(t, http.MethodGet, "/api/consumers", nil).status)
+}
+
+func TestAnAddressThatTriesManyTokensIsLookedAtNoMore(t *testing.T) {
+	t.Parallel()
+	broker := natstest.New(t)
+	broker.Setup()
+	r := start(t, broker, console.Config{TrustedProxies: []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")}}, console.Deps{})
+	from := func(address, authorization string) int {
+		return r.do(t, http.MethodGet, "/api/consumers", func(r *http.Request) {
+			r.Header.Set("X-Forwarded-For", address)
+			r.Header.Set("Authorization", authorization)
+		}).status
+	}
+	assert.Equal(t, http.StatusOK, from("2001:db8::1", "Bearer "+token))
+	var stop atomic.Bool
+	var tries sync.WaitGroup
+	for n := range 150 { // each but the first few waits for its answer
+		tries.Go(func() {
+			for !stop.Load() {
+				from(fmt.Sprintf("2001:db8::%d", n), fmt.Sprintf("Bearer wrong-token-%d", n))
+			}
+		})
+	}
+	assert.Eventually(t, func() bool { return from("2001:db8::ff", "Bearer "+token) == http.StatusTooManyRequests }, time.Minute, time.Millisecond,
+		"the right one is not looked at either, from any address of the network")
+	assert.Equal(t, http.StatusOK, from("203.0.113.9", "Bearer "+token), "others are not held up")
+	stop.Store(true)
+	tries.Wait()
 }
 
 // value is a counter's, by its only label.
