@@ -423,7 +423,9 @@ func madeToken(dir string, log *zap.Logger) (token string, fresh bool, err error
 	}
 	info, err := os.Stat(path)
 	switch {
-	case err != nil || !config.HasModes:
+	case err != nil:
+		return "", false, fmt.Errorf("read the admin token: %w", err)
+	case !config.HasModes:
 	case config.Foreign(info), info.Mode().Perm()&0o002 != 0: // they chose the token, perhaps before Usher was here
 		return "", false, fmt.Errorf("read the admin token: another user of this machine can have written %s: delete the file, and a new one is made", path)
 	case info.Mode().Perm()&0o077 != 0:

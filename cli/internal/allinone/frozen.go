@@ -27,8 +27,8 @@ type frozen struct {
 	after, every time.Duration
 }
 
-// ErrFrozen says that the embedded broker works again only in a new process. Starting it again helps, unlike with wrong settings.
-var ErrFrozen = errors.New("the embedded broker froze, and its folder can be written again: only a restart makes it work")
+// errFrozen says that the embedded broker works again only in a new process. Starting it again helps, unlike with wrong settings.
+var errFrozen = errors.New("the embedded broker froze, and its folder can be written again: only a restart makes it work")
 
 func (frozen) Name() string { return "broker storage" }
 
@@ -48,7 +48,7 @@ func (f frozen) Run(ctx context.Context) error {
 			case since.IsZero():
 				since = now
 			case now.Sub(since) >= f.after && writable(f.dir) == nil:
-				return fmt.Errorf("%w: %w", ErrFrozen, err)
+				return fmt.Errorf("%w: %w", errFrozen, err)
 			}
 		}
 	}

@@ -15,7 +15,6 @@ import (
 	"go.uber.org/zap"
 	"golang.org/x/term"
 
-	"github.com/usherhq/usher/cli/internal/allinone"
 	"github.com/usherhq/usher/pkg/config"
 	"github.com/usherhq/usher/pkg/observe"
 )
@@ -72,7 +71,7 @@ func Run(ctx context.Context, args []string, env Env) int {
 		return exitInterrupted
 	default:
 		fmt.Fprintln(env.Stderr, "usher:", printableLines(err.Error()))
-		if errors.Is(err, allinone.ErrFrozen) { // a supervisor that does not repeat wrong use repeats this
+		if errors.As(err, new(failed)) { // a supervisor that does not repeat wrong use repeats this
 			return exitNo
 		}
 		return exitUsage

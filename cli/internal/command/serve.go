@@ -126,13 +126,23 @@ func (c *cli) run(ctx context.Context, cfg allinone.Config, work func(context.Co
 		stop(errDone)
 		worked <- err
 	}()
-	err = instance.Run(runCtx)
+	if err = instance.Run(runCtx); err != nil {
+		var wrong interface{ WrongSettings() bool }
+		if !errors.As(err, &wrong) || !wrong.WrongSettings() {
+			err = failed{err}
+		}
+	}
 	stop(errDone)
 	if workErr := <-worked; err == nil && ctx.Err() == nil {
 		err = workErr
 	}
 	return err
 }
+
+// failed is an error of services that had begun their work, which a new process may be spared.
+type failed struct{ error }
+
+func (f failed) Unwrap() error { return f.error }
 
 // devLogLevel is dev's where nobody asks for another.
 const devLogLevel = "warn"
