@@ -62,7 +62,7 @@ func IsInfrastructure(err error) bool {
 		return sqliteInfrastructure[lite.Code()&0xff] || isMissingTable(err) || isMissingColumn(err)
 	}
 	for _, target := range []error{
-		context.Canceled, context.DeadlineExceeded, driver.ErrBadConn, sql.ErrConnDone, sql.ErrTxDone,
+		context.Canceled, context.DeadlineExceeded, driver.ErrBadConn, sql.ErrConnDone, sql.ErrTxDone, pgconn.ErrConnClosed,
 		io.EOF, io.ErrUnexpectedEOF, net.ErrClosed, os.ErrDeadlineExceeded,
 		ErrUnreachable, ErrAuth, ErrNoDatabase, ErrPending, ErrNewer, ErrUnusable,
 		syscall.ECONNREFUSED, syscall.ECONNRESET, syscall.EPIPE, syscall.ENOSPC, syscall.EIO, syscall.EROFS, syscall.EMFILE,

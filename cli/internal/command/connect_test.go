@@ -38,12 +38,13 @@ func TestADryRunJudgesAsTheServerDoes(t *testing.T) {
 	}, 60*time.Second, 10*time.Millisecond)
 	assert.Equal(t, map[string]string{"clerk": "ins_mine", "staging": "ins_staging"}, state.Instances)
 
+	const theirs = "ins_theirs"
 	for _, secret := range []string{fixture.Secret, stagingSecret} {
 		url := state.IngestURL
 		if secret == stagingSecret {
 			url += "/staging"
 		}
-		shell.with("CLERK_WEBHOOK_SIGNING_SECRET="+secret).Run("trigger", "user.created", "--url", url, "--count", "3").want(exitOK)
+		shell.with("CLERK_WEBHOOK_SIGNING_SECRET="+secret).Run("trigger", "user.created", "--url", url, "--count", "3", "--set", "instance_id="+theirs).want(exitOK)
 	}
 	require.Eventually(t, func() bool {
 		counts := into[listing[deadletter.Count]](shell.Run("dlq", "list", "--count", "-o", "json").want(exitOK)).Items
@@ -59,7 +60,6 @@ func TestADryRunJudgesAsTheServerDoes(t *testing.T) {
 	}
 	assert.Zero(t, dry(shell, exitNo))
 	assert.Equal(t, 6, into[bulkResult](shell.Run("dlq", "replay", "--all", "--yes", "-o", "json").want(exitNo)).Failed, "and so it is")
-	theirs := "ins_34BmB94uIlt047ABzRee2dqZJKY" // of the canonical events
 	assert.Equal(t, 3, dry(shell.with("CLERK_INSTANCE_ID="+theirs), exitNo), "what the shell sets comes first")
 	assert.Equal(t, 6, dry(shell.with("CLERK_INSTANCE_ID="+theirs, "USHER_SOURCE_STAGING_INSTANCE_ID="+theirs), exitOK))
 }
