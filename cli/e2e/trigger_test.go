@@ -80,7 +80,7 @@ func TestTriggeredEventsTellOneStory(t *testing.T) {
 		WHERE u.version > 0 AND o.version > 0`))
 	assert.Equal(t, 4, count("SELECT count(*) FROM sessions s JOIN users u ON u.id = s.user_id WHERE u.version > 0"))
 
-	// An update is of somebody who is there, and takes nothing back.
+	// An update is of a user who is there, and takes nothing back.
 	ada, _ := trigger("user.created", "--set", "data.first_name=Augusta", "--set", "data.unsafe_metadata.plan=pro")
 	settled(idsOf(ada)...)
 	king, _ := trigger("user.updated", "--set", "data.last_name=King")

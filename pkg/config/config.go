@@ -475,7 +475,7 @@ func isFile(path string) bool {
 	return err == nil && !info.IsDir()
 }
 
-// noFile says that there is none.
+// noFile is the error text for a path at which no file can be read; it hides what does not look like a path.
 func noFile(path string) string {
 	if len(path) > 1024 || strings.ContainsAny(path, "\r\n") { // what the file should hold, perhaps
 		path = redact.Masked

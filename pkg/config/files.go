@@ -36,7 +36,7 @@ func (s *Settings) exposedFiles() []string {
 }
 
 // Exposed says in words that others on this machine can read or change a file which may be shared with a group: all users can read it, more
-// than its owner can write to it, or it belongs to somebody else than this process's user and root. It is empty where that is not so, and
+// than its owner can write to it, or it belongs to neither this process's user nor root. It is empty where that is not so, and
 // where the system has no such modes.
 func Exposed(info fs.FileInfo) string {
 	if !HasModes {

@@ -113,7 +113,9 @@ func AwaitMigrated(ctx context.Context, db *gorm.DB, log *zap.Logger, waits func
 			log.Warn("database is not set up, waiting for it", zap.Error(err))
 		}
 		told = err.Error()
-		waits(err)
+		if waits != nil {
+			waits(err)
+		}
 	})
 	if err == nil && told != "" {
 		log.Info("database is set up")

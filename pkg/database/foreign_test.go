@@ -36,7 +36,7 @@ func TestForeignKeysOfOthersAreFoundAndNamed(t *testing.T) {
 	}
 	found, err = database.ForeignKeys(t.Context(), db)
 	require.NoError(t, err)
-	require.Len(t, found, 3, "one of the application's own is none of ours")
+	require.Len(t, found, 3, "one between the application's own tables is left out")
 	var names []string
 	for _, k := range found {
 		names = append(names, k.Table+" "+k.Constraint+" "+k.References)

@@ -197,7 +197,7 @@ func (u *pgURL) ignoredNotice(schema string) string {
 	return notice
 }
 
-// clearText is what to tell where rows and perhaps the password cross a network unencrypted, or would where somebody on the way says that
+// clearText is what to tell where rows and perhaps the password cross a network unencrypted, or would where an attacker on the way says that
 // the server has no TLS; "" where they do not.
 func (u *pgURL) clearText() string {
 	var hosts []string

@@ -37,7 +37,7 @@ type Wish struct {
 }
 
 // Trigger makes an event as if it had happened now, by the machine's clock, and lets the instance's state follow it. An event of something new joins
-// what is there: a session belongs to a user, a membership to a user and an organization. Where there is none yet its event comes first in the
+// what is there: a session belongs to a user, a membership to a user and an organization. What is missing comes first in the
 // result, the wished one last. Any other event is about the newest object that it fits. A story that is still told knows nothing of it. The error wraps
 // [fixture.ErrUnknown] where there is no payload of the type.
 func (c *Clerk) Trigger(w Wish) ([]Event, error) {
@@ -198,7 +198,7 @@ func (t *trigger) pick(table string, fits func(*Object) bool) *Object {
 	return list[t.nth%len(list)]
 }
 
-// subject is the object that an event changes or ends, nil where there is none that it fits.
+// subject is the object that an event changes or ends, nil where it fits no object.
 func (t *trigger) subject(kind event.Type) *Object {
 	name := tables[kind.Resource()]
 	if name == "" {
@@ -285,7 +285,7 @@ func (t *trigger) living(table, id string) *Object {
 	return nil
 }
 
-// user is the person that an event is about, who signs up first where there is none.
+// user is the person that an event is about, who signs up first where the instance has no user.
 func (t *trigger) user(fits func(*Object) bool, paths ...string) (gjson.Result, error) {
 	o := t.named("users", paths...)
 	if id := t.missing("users", paths...); o == nil && id != "" && !t.alone {
@@ -479,7 +479,7 @@ var tradeNames = [][2]string{
 	{"Umbrella", "umbrella"},
 }
 
-// person is somebody new.
+// person is a new person.
 type person struct {
 	number      int
 	first, last string

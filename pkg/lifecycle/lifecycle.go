@@ -39,6 +39,13 @@ func Run(ctx context.Context, services ...Service) error {
 	return nil
 }
 
+// IsWrongSettings reports whether an error says, by a method WrongSettings() bool, that a new start fails like it until the
+// settings, or what they name, are changed: the exit code tells supervisors. False for other errors and for nil.
+func IsWrongSettings(err error) bool {
+	var wrong interface{ WrongSettings() bool }
+	return errors.As(err, &wrong) && wrong.WrongSettings()
+}
+
 // Closers closes what was opened, in reverse order: what opens first closes last, also when opening
 // failed half way. The zero value is ready; it is safe for concurrent use.
 type Closers struct {

@@ -134,8 +134,7 @@ func Run(ctx context.Context, environ config.Environ, stderr io.Writer, program 
 	log.Info("starting", p.parts(program.Database)...)
 	if err := p.run(ctx, program.Start); err != nil {
 		log.Error(program.Name+" failed", zap.String("service", program.Name), zap.Error(err))
-		var wrong interface{ WrongSettings() bool } // as a database that cannot be used as it is
-		if errors.As(err, &wrong) && wrong.WrongSettings() {
+		if lifecycle.IsWrongSettings(err) { // as a database that cannot be used as it is
 			return WrongSettings
 		}
 		return Failed
@@ -147,11 +146,16 @@ func Run(ctx context.Context, environ config.Environ, stderr io.Writer, program 
 func (p *Process) parts(withDatabase bool) []zap.Field {
 	fields := []zap.Field{zap.String("service", p.name), zap.String("broker", redact.URL(p.Settings.NATSURL))}
 	if withDatabase {
-		fields = append(fields, zap.String("database", redact.URL(p.Settings.DatabaseURL)),
-			zap.String("database_setting", p.Settings.Origin("USHER_DATABASE_URL")))
-		if !strings.HasPrefix(p.Settings.DatabaseURL, "sqlite:") {
-			fields = append(fields, zap.String("schema", p.Settings.DatabaseSchema))
-		}
+		fields = append(fields, DatabaseFields(p.Settings)...)
+	}
+	return fields
+}
+
+// DatabaseFields say to a log which database the settings name, without its secrets, and by which of them.
+func DatabaseFields(s *config.Settings) []zap.Field {
+	fields := []zap.Field{zap.String("database", redact.URL(s.DatabaseURL)), zap.String("database_setting", s.Origin("USHER_DATABASE_URL"))}
+	if !strings.HasPrefix(s.DatabaseURL, "sqlite:") {
+		fields = append(fields, zap.String("schema", s.DatabaseSchema))
 	}
 	return fields
 }

@@ -23,7 +23,7 @@ func isOwn(name string) bool {
 		slices.ContainsFunc([]string{"usher.db-", "usher.json", console.TokenFile}, func(prefix string) bool { return strings.HasPrefix(name, prefix) })
 }
 
-// others are the modes by which somebody else than the owner reads or changes a file.
+// others are the modes by which others than the owner read or change a file.
 const others fs.FileMode = 0o077
 
 // protect takes from others what they may do with Usher's own files in the data folder, and says so: they hold addresses, tokens and every

@@ -212,18 +212,15 @@ func unknownFlag(cmd *cobra.Command, err error) error {
 	if !errors.As(err, &missing) || len(missing.GetSpecifiedName()) < 2 {
 		return err
 	}
-	name := missing.GetSpecifiedName()
-	// cobra knows which names are near: it does the same for commands.
-	all := &cobra.Command{SuggestionsMinimumDistance: 2}
+	var names []string
 	cmd.Flags().VisitAll(func(f *pflag.Flag) {
 		if !f.Hidden {
-			all.AddCommand(&cobra.Command{Use: f.Name, Run: func(*cobra.Command, []string) {}})
+			names = append(names, f.Name)
 		}
 	})
-	near := all.SuggestionsFor(name)
+	near := nearest(missing.GetSpecifiedName(), names, 2)
 	if len(near) == 0 {
 		return fmt.Errorf("%w: `%s --help` lists the flags", err, cmd.CommandPath())
 	}
-	slices.Sort(near)
 	return fmt.Errorf("%w: did you mean --%s?", err, strings.Join(near, " or --"))
 }

@@ -1,7 +1,6 @@
 package command
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -21,6 +20,8 @@ import (
 	"github.com/usherhq/usher/console"
 	"github.com/usherhq/usher/ingest"
 	"github.com/usherhq/usher/pkg/config"
+	"github.com/usherhq/usher/pkg/lifecycle"
+	"github.com/usherhq/usher/pkg/process"
 	"github.com/usherhq/usher/pkg/redact"
 )
 
@@ -75,14 +76,7 @@ func uses(s *config.Settings) []zap.Field {
 	if s.NATSURL != "" {
 		broker = redact.URL(s.NATSURL)
 	}
-	fields := []zap.Field{
-		zap.String("database", redact.URL(s.DatabaseURL)), zap.String("database_setting", cmp.Or(s.Origin("USHER_DATABASE_URL"), "default")),
-		zap.String("broker", broker), zap.String("data_dir", dir), zap.String("version", Version()),
-	}
-	if !strings.HasPrefix(s.DatabaseURL, "sqlite:") {
-		fields = append(fields, zap.String("schema", s.DatabaseSchema))
-	}
-	return fields
+	return append(process.DatabaseFields(s), zap.String("broker", broker), zap.String("data_dir", dir), zap.String("version", Version()))
 }
 
 // memoryTarget is what the process keeps its own memory below, where it can: it then collects garbage more often, and not only when
@@ -126,11 +120,8 @@ func (c *cli) run(ctx context.Context, cfg allinone.Config, work func(context.Co
 		stop(errDone)
 		worked <- err
 	}()
-	if err = instance.Run(runCtx); err != nil {
-		var wrong interface{ WrongSettings() bool }
-		if !errors.As(err, &wrong) || !wrong.WrongSettings() {
-			err = failed{err}
-		}
+	if err = instance.Run(runCtx); err != nil && !lifecycle.IsWrongSettings(err) {
+		err = failed{err}
 	}
 	stop(errDone)
 	if workErr := <-worked; err == nil && ctx.Err() == nil {

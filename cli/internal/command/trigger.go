@@ -368,7 +368,7 @@ func (r running) wish(ctx context.Context, w emulator.Wish) ([]emulator.Event, e
 	}
 	var made emulator.Wished
 	if err := json.Unmarshal(answer, &made); err != nil || len(made.Events) == 0 {
-		return nil, errors.New("read the offline Clerk's answer: it is none")
+		return nil, errors.New("read the offline Clerk's answer: it is no list of events")
 	}
 	return made.Events, nil
 }
